@@ -1,0 +1,25 @@
+"""The errors a user of the package can meet.
+
+Every message finishes the sentence: what was expected, what came, why it matters, what to do. A caller's mistake is a
+`HybridError`; our own mistakes stay plain `AssertionError`s.
+"""
+
+
+class HybridError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(HybridError, ValueError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class DataError(HybridError, ValueError):
+    """A prompt file, a checkpoint or a tokenizer does not hold what the run needs."""
+
+
+class ShapeError(HybridError, ValueError):
+    """A tensor has the wrong shape, type or device."""
+
+
+class MegatronMismatch(HybridError, ImportError):
+    """The installed megatron-core lacks a symbol that the package borrows, or has it in another form."""

@@ -1,0 +1,120 @@
+"""What travels between the rooms: frozen records, each field saying its shape and who fills it.
+
+Letters: b sequences, s positions, n response tokens of a micro-batch, h hidden, v vocabulary, tp tensor-parallel ranks.
+Batch first up to `schedule/microbatch.py`, sequence first (Megatron's order) after it. `torch` is only named in
+annotations here: importing the records costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, filled by `prompts`."""
+
+    prompt_id: int
+    """Position in the stream's order, unique over the run; seeds of its samples derive from it."""
+    token_ids: tuple[int, ...]
+    """The chat template applied, ready for the model; the response starts right after."""
+    text: str
+    """The question in words, for tables of samples."""
+    task: str
+    """Where it comes from: a reasoning-gym task, or the `task` field of a prompt file."""
+    answer: str | None = None
+    """The expected answer, where there is one."""
+    entry: dict[str, Any] = field(default_factory=dict)
+    """The source's own record, handed to the reward unchanged."""
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Sampled responses of one data-parallel replica, filled by `rollouts`. Rows of one prompt are neighbours."""
+
+    prompts: tuple[Prompt, ...]
+    """[b]: the prompt of each row (a group repeats it)."""
+    tokens: Tensor
+    """[b, s] int64: prompt, response, then padding; s is the longest row."""
+    response_mask: Tensor
+    """[b, s] bool: True on the tokens the student sampled, end-of-sequence included. Set by the sampler alone."""
+    sampled_logprobs: Tensor
+    """[b, s] fp32, nats: log-probability under the sampling distribution; 0 off the mask. Empty [0] off the last stage."""
+    group_id: Tensor
+    """[b] int64: rows with the same number answer the same prompt."""
+    truncated: tuple[bool, ...]
+    """[b]: the response ran out of room before an end-of-sequence token."""
+    responses: tuple[str, ...]
+    """[b]: the responses in words, special tokens removed."""
+    temperature: float
+    policy_version: int
+    """Optimizer steps taken before sampling."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Scores of a RolloutBatch, filled by `rewards`. A reward is maximised."""
+
+    rewards: Tensor
+    """[b] fp32."""
+    breakdown: dict[str, Tensor]
+    """Name of a reward function to its unweighted scores [b] fp32."""
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-token numbers of the op between its two passes, detached, equal on every tensor-parallel rank; fp32, nats."""
+
+    kl: Tensor
+    """[...]: KL(student || teacher) over the whole vocabulary; 0 without a teacher."""
+    log_prob: Tensor
+    """[...]: log pi(target)."""
+    teacher_log_prob: Tensor
+    """[...]: log q(target); 0 without a teacher."""
+    entropy: Tensor
+    """[...]: entropy of the student."""
+
+
+Weigh = Callable[[TokenStats], "tuple[Tensor, Tensor]"]
+"""Credit assignment as the op calls it: the stats to (imitation_weight, advantage), both fp32 in the stats' shape."""
+
+
+@dataclass(frozen=True)
+class HiddenPayload:
+    """What a teacher left for one micro-batch, on the last pipeline stage; filled by `teachers`."""
+
+    hidden: Tensor
+    """[n, h] in the teacher's dtype: hidden states after its final norm, one row per response token."""
+    logits_of: Callable[[Tensor], Tensor]
+    """The teacher's own head: [n, h] to logits [n, v/tp] of this rank's shard, no gradient."""
+
+
+@dataclass(frozen=True)
+class HybridMicrobatch:
+    """What Megatron's schedule hands to the forward step; filled by `schedule/microbatch.py`."""
+
+    tokens: Tensor
+    """[b, s] int64 (Megatron's embedding transposes)."""
+    position_ids: Tensor
+    """[b, s] int64."""
+    attention_mask: Tensor | None
+    """None: causal. Padding is on the right, where a causal mask hides it."""
+    token_rows: Tensor
+    """[n] int64: positions in the flattened [s, b] whose logits predict a response token."""
+    targets: Tensor
+    """[n] int64: the tokens they predict."""
+    weigh: Weigh
+    """Credit of these tokens, normalised by nobody yet."""
+    token_scale: Tensor
+    """[n] fp32: share of a token in its sequence's term (1, or 1/length); set by `schedule/normalise.py`."""
+    count: Tensor
+    """[] int64: what Megatron sums over micro-batches and ranks and divides the gradient by."""
+    sampled_logprobs: Tensor
+    """[n] fp32: what the sampler believed, for mismatch metrics."""
+    teacher: HiddenPayload | None = None
