@@ -1,0 +1,259 @@
+"""A pool of local ranks that run one function after another: `torchrun` for tests, examples and notebooks.
+
+Importing torch and Megatron costs a rank about 8 s of CPU and 0.75 GB, so the ranks are kept alive between jobs:
+
+    with RankPool(2) as pool:
+        gradients = pool.run(tensor_parallel_gradient, hidden_size=8)   # one result per rank, in rank order
+
+A job is any function that pickle can name (one at the top level of a module, or of the running script); arguments and
+results travel by value. It finds what torchrun would set (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT) and by default a gloo process group. Not here: several machines, GPUs, a second try after a failure.
+"""
+
+import atexit
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, NoReturn
+
+_LOOPBACK = "127.0.0.1"
+_START_TIMEOUT_S = 300.0
+"""Importing torch takes a rank seconds, but minutes where many ranks share two busy cores and a cold disk."""
+
+
+class RankPool:
+    """`size` local processes, kept alive for many jobs, ended by `close`, by leaving `with`, or with their parent.
+
+    size        ranks
+    init        True: one gloo process group for the life of the pool, made before the first job. False: the job makes
+                its own (as Megatron's `initialize_megatron` does), and what it leaves is destroyed after it
+    timeout_s   seconds a job may take; also the timeout of the pool's collectives
+
+    After each job Megatron's global state (parallel state, arguments, micro-batch calculator) is destroyed where a job
+    has made it, so the next one finds a fresh Megatron. After a failure the pool is dead: ranks that hang in a
+    collective cannot be reused.
+    """
+
+    def __init__(self, size: int, *, init: bool = True, timeout_s: float = 300.0) -> None:
+        if size < 1:
+            raise ValueError(f"a pool needs at least one rank, got size {size}")
+        self.size = size
+        self.init = init
+        self.timeout_s = timeout_s
+        spawn = get_context("spawn")  # a fork would copy threads' locks of torch in whatever state they are
+        pipes = [spawn.Pipe() for _ in range(size)]
+        port = free_port()
+        # Not daemons: Megatron's checkpoint writer starts processes of its own, which daemons may not.
+        self._processes = [
+            spawn.Process(
+                target=_serve, args=(theirs, rank, size, port, init, timeout_s), name=f"rank-{rank}-of-{size}"
+            )
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        self._pipes: list[Connection] = [ours for ours, _ in pipes]
+        self.alive = True
+        # Registered after multiprocessing's own hook and so run before it: that one would wait for the ranks for ever.
+        atexit.register(self.close)
+        try:
+            with _environment(OMP_NUM_THREADS="1"):  # read when a rank loads torch: one core each
+                for process in self._processes:
+                    process.start()
+            for _, theirs in pipes:
+                theirs.close()  # only the rank holds its end now, so its death reads as the end of the pipe
+            self._collect(f"starting {size} ranks", _START_TIMEOUT_S)
+        except BaseException:
+            self._end()
+            raise
+
+    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
+        """Calls `function(*args, **kwargs)` on every rank; returns what each gave, in rank order.
+
+        Raises what the first failing rank raised, with that rank's traceback as a note; TimeoutError after `timeout_s`,
+        with the stack of every rank on stderr; RuntimeError where a rank's process has died.
+        """
+        if not self.alive:
+            raise RuntimeError("this pool has ended, by close() or by a job that failed: make a new RankPool.")
+        name = getattr(function, "__qualname__", repr(function))
+        # sys.path goes along because the function's module must be importable there, and paths may have come since.
+        job = pickle.dumps((free_port(), sys.path, pickle.dumps((function, args, kwargs))))
+        try:
+            for rank, pipe in enumerate(self._pipes):
+                try:
+                    pipe.send_bytes(job)
+                except OSError:
+                    self._died(name, rank)
+            return self._collect(name, self.timeout_s)
+        except BaseException:  # a KeyboardInterrupt too: it leaves ranks in the middle of a job
+            self._end()
+            raise
+
+    def close(self) -> None:
+        """Ends the ranks, which are idle between jobs; does nothing the second time."""
+        if self.alive:
+            for pipe in self._pipes:
+                pipe.close()  # a rank reads the end of its pipe and leaves
+            for process in self._processes:
+                process.join(timeout=10)
+            self._end()
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _collect(self, name: str, timeout_s: float) -> list[Any]:
+        """One answer from every rank, taken as they come, so that the first failure is seen while others still hang."""
+        deadline = time.monotonic() + timeout_s
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        results: list[Any] = [None] * self.size
+        while waiting:
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._give_up(name, sorted(waiting.values()), timeout_s)
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                results[rank] = self._answer(name, rank)
+        return results
+
+    def _answer(self, name: str, rank: int) -> Any:
+        try:
+            result, error = pickle.loads(self._pipes[rank].recv_bytes())
+        except (EOFError, OSError):
+            self._died(name, rank)
+        if error is not None:
+            raise error
+        return result
+
+    def _died(self, name: str, rank: int) -> NoReturn:
+        self._processes[rank].join(timeout=5)  # the pipe ends a moment before the process does
+        raise RuntimeError(
+            f"rank {rank} of {self.size} died in or before {name} with exit code {self._processes[rank].exitcode}: a "
+            "negative code is a signal (-9: often out of memory). Its last words are on stderr."
+        ) from None
+
+    def _give_up(self, name: str, late: list[int], timeout_s: float) -> NoReturn:
+        for process in self._processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)  # each prints its stack, see _serve
+        time.sleep(0.5)  # for the printing: the ranks are killed next
+        raise TimeoutError(
+            f"{name} took longer than {timeout_s:g} s on rank(s) {late} of {self.size}. Where some ranks are done and "
+            "others wait, a collective was not called by all of them; the stacks are on stderr."
+        )
+
+    def _end(self) -> None:
+        self.alive = False
+        atexit.unregister(self.close)
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            if process.pid is not None:  # else never started
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the processes started inside; put back on exit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float) -> None:
+    """A rank's life: start, then answer jobs with (result, error) until the pipe ends."""
+    faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a job that hangs
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve to an address of its own
+    pipe.send_bytes(_outcome(_start, init, timeout_s))
+    while True:
+        try:
+            port, path, job = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        if not init:
+            os.environ["MASTER_PORT"] = str(port)  # a new group's store must not meet the last one's on its port
+        answer = _outcome(_do, job, init)
+        sys.stdout.flush()  # into a pipe or file Python writes it at exit only: a job's words come before its result
+        pipe.send_bytes(answer)
+
+
+def _leave_with_parent() -> None:
+    """Ends this rank when its parent has ended in any way, even in a job that hangs."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _outcome(function: Callable[..., Any], *args: Any) -> bytes:
+    """(result, None) or (None, error) of a call, pickled; the error carries this rank's traceback as a note."""
+    try:
+        return pickle.dumps((function(*args), None))
+    except BaseException as error:  # SystemExit too: a job that calls exit() must not read as a rank that died
+        note = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}:\n{traceback.format_exc()}"
+        try:
+            error.add_note(note)
+            pickle.loads(pickle.dumps(error))  # some errors can be sent but not made again
+            return pickle.dumps((None, error))
+        except Exception:
+            return pickle.dumps((None, RuntimeError(note)))
+
+
+def _start(init: bool, timeout_s: float) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if init:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def _do(job: bytes, init: bool) -> Any:
+    function, args, kwargs = pickle.loads(job)
+    result = function(*args, **kwargs)
+    _forget_megatron()
+    if not init:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return result
+
+
+def _forget_megatron() -> None:
+    """Destroys Megatron's global state where a job has loaded it; imports nothing by itself."""
+    if training := sys.modules.get("megatron.training.training"):
+        training.destroy_global_state()
+    elif parallel_state := sys.modules.get("megatron.core.parallel_state"):
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,57 @@
+"""What every test gets: fixed seeds, and pools of ranks that live as long as the session.
+
+A pool costs 8 s of CPU and 0.75 GB per rank, so tests of one size share it:
+
+    def test_two_ranks_agree(rank_pool):
+        first, second = rank_pool(2).run(job)          # a gloo group is there
+        rank_pool(2, init=False).run(job)              # the job lets Megatron make its groups
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from megatron_hybrid.runtime.spawn import RankPool
+
+_MOST_RANKS = 8
+"""Ranks alive at once, over all pools: 8 take 6 GB, and two cores are slow to start more anyway."""
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Every test starts from the same generators, whichever tests ran before it."""
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[Callable[..., RankPool]]:
+    """`rank_pool(size, init=True)`: a living pool, made on first use, made anew after a job that failed."""
+    pools: dict[tuple[int, bool], RankPool] = {}
+
+    def get(size: int, *, init: bool = True) -> RankPool:
+        pool = pools.pop((size, init), None)
+        if pool is None or not pool.alive:
+            for kept in {key: kept for key, kept in pools.items() if not kept.alive}:
+                del pools[kept]
+            while pools and size + sum(kept.size for kept in pools.values()) > _MOST_RANKS:
+                pools.pop(next(iter(pools))).close()  # the one that was used longest ago
+            pool = RankPool(size, init=init, timeout_s=120)  # below pytest's own limit: its message says more
+        pools[size, init] = pool
+        return pool
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for ranks is marked `procs` by itself: `-m 'not procs'` is the quick round."""
+    for item in items:
+        if "rank_pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.procs)
