@@ -1,0 +1,78 @@
+"""Settings are frozen, and a wrong one says what to do before any model is built."""
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.config import HybridConfig, OnlineConfig, as_dict
+from megatron_hybrid.errors import ConfigError, HybridError
+
+
+def test_the_defaults_are_the_objective_of_the_paper() -> None:
+    config = HybridConfig()
+    assert (config.reward_weight, config.imitation_weight, config.discount) == (1.0, 1.0, 1.0)
+    assert (config.future_cost, config.aggregation) == ("closed_form", "seq-mean-token-sum")
+    assert (config.student_temperature, config.teacher_temperature) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", [HybridConfig, OnlineConfig])
+def test_every_setting_explains_itself_to_the_command_line(kind: type) -> None:
+    for setting in fields(kind):
+        assert setting.metadata["help"], setting.name
+        choices = setting.metadata["choices"]
+        assert choices is None or setting.default in choices
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward_weight": -1.0}, "reward_weight must be a finite number >= 0, got -1.0"),
+        ({"imitation_weight": float("nan")}, "imitation_weight must be a finite number >= 0, got nan"),
+        ({"reward_weight": float("inf")}, "reward_weight must be a finite number"),
+        ({"reward_weight": 0.0, "imitation_weight": 0.0}, "both 0, so there is nothing to learn"),
+        ({"discount": 1.01}, r"discount \(gamma\) must lie in \[0, 1\], got 1.01"),
+        ({"discount": -0.01}, r"discount \(gamma\) must lie in \[0, 1\]"),
+        ({"future_cost": "sample"}, "Did you mean 'sampled'"),
+        ({"baseline": "rlo"}, "baseline must be one of none, rloo, grpo; got 'rlo'. Did you mean 'rloo'"),
+        ({"aggregation": "token_mean"}, "Did you mean 'token-mean'"),
+        ({"backend": "cuda-graphs"}, "backend must be one of torch; got 'cuda-graphs'"),
+        ({"group_size": 0, "baseline": "none"}, "group_size must be at least 1, got 0"),
+        ({"group_size": 1}, "Use group_size >= 2, or baseline 'none'"),
+        ({"group_size": 1, "baseline": "grpo"}, "baseline 'grpo' compares the responses to one prompt"),
+        ({"student_temperature": 0.0}, "student_temperature must be a finite number > 0, got 0.0"),
+        ({"teacher_temperature": float("inf")}, "teacher_temperature must be a finite number > 0, got inf"),
+    ],
+)
+def test_an_impossible_setting_is_refused_with_its_value(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HybridConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reward_weight": 0.0, "discount": 0.0},  # on-policy distillation
+        {"imitation_weight": 0.0},  # policy gradient
+        {"group_size": 1, "baseline": "none"},  # REINFORCE
+    ],
+)
+def test_the_limits_of_the_method_are_allowed(settings: dict[str, Any]) -> None:
+    config = HybridConfig(**settings)
+    assert as_dict(config) == {**as_dict(HybridConfig()), **settings}
+
+
+@pytest.mark.parametrize("name", ["max_response_length", "rollout_batch_size", "samples_interval"])
+def test_a_run_refuses_counts_below_one(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        OnlineConfig(**{name: 0})
+
+
+def test_a_setting_cannot_be_changed_after_it_was_checked() -> None:
+    config = HybridConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.discount = 2.0  # type: ignore[misc]
+
+
+def test_a_config_error_is_caught_as_ours_and_as_a_value_error() -> None:
+    assert issubclass(ConfigError, HybridError) and issubclass(ConfigError, ValueError)
