@@ -1,4 +1,4 @@
-# make run | test | test-all | check | format; each makes the environment first, which takes 0.1 s once it is there.
+# make run | test | test-all | check | format; each makes the environment first, which takes under a second once it is there.
 # The same without make: tools/setup_env.sh, then the line under the target.
 
 PYTHON := .venv/bin/python

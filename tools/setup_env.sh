@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the Python environment and points `.venv` at it.   tools/setup_env.sh   (70-180 s the first time, then 0.1 s)
+# Makes the Python environment and points `.venv` at it.   tools/setup_env.sh   (70-180 s the first time, then under a second)
 #
 # Environments take 6 GB, so clones share them: each lies in the cache under a key made of everything it is built from,
 # and `.venv` is a link to it. The package itself is found through the link: `import megatron_hybrid` takes the checkout
