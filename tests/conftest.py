@@ -8,6 +8,7 @@ A pool costs 8 s of CPU and 0.75 GB per rank, so tests of one size share it:
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,6 +28,20 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _patches_undone() -> Iterator[None]:
+    """A test that enables the CPU stand-ins and fails half-way must not hand them to the next one."""
+
+    def enabled() -> bool:
+        cpu = sys.modules.get("megatron_hybrid.runtime.cpu")
+        return cpu is not None and cpu.is_enabled()
+
+    before = enabled()
+    yield
+    if enabled() and not before:
+        sys.modules["megatron_hybrid.runtime.cpu"].disable()
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,8 @@ def say_and_hang():
     time.sleep(60 if sys.argv[1] == "hang" else 0)
 
 if __name__ == "__main__":
-    RankPool(2, init=False).run(say_and_hang)
+    pool = RankPool(2, init=False)
+    pool.run(say_and_hang)
 """
 
 
