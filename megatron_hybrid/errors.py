@@ -17,6 +17,10 @@ class DataError(HybridError, ValueError):
     """A prompt file, a checkpoint or a tokenizer does not hold what the run needs."""
 
 
+class RewardError(HybridError, ValueError):
+    """A reward function returned something that is not a finite number."""
+
+
 class ShapeError(HybridError, ValueError):
     """A tensor has the wrong shape, type or device."""
 
