@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the Python environment and points `.venv` at it.   tools/setup_env.sh   (70-180 s the first time, then under a second)
+# Makes the Python environment and points `.venv` at it.   tools/setup_env.sh   (1 to 4 minutes the first time, then under a second)
 #
 # Environments take 6 GB, so clones share them: each lies in the cache under a key made of everything it is built from,
 # and `.venv` is a link to it. The package itself is found through the link: `import megatron_hybrid` takes the checkout
@@ -69,7 +69,7 @@ make_relocatable() { # built under another name and used through links: no file 
 }
 
 build_environment() {
-    say "building the environment for $("$python" --version) in $env: 70-180 s and 6 GB, once for all clones"
+    say "building the environment for $("$python" --version) in $env: 1 to 4 minutes and 6 GB, once for all clones"
     rm -rf "$cache"/*.building # left by builds that were interrupted: we hold the lock, so nobody is at work on them
     "$python" -m venv --prompt megatron_hybrid "$build"
     pip_install --config-settings editable_mode=compat -e ".[$extras]"

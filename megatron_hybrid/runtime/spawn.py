@@ -134,6 +134,11 @@ class RankPool:
         except (EOFError, OSError):
             self._died(name, rank)
         if error is not None:
+            # The peers of a rank that died fail with gloo's words about a lost connection: name the cause instead. The
+            # wait is for the moment between a dying process closing its sockets and its end.
+            sentinels: list[Any] = [process.sentinel for process in self._processes]
+            for dead in wait(sentinels, timeout=0.2):
+                self._died(name, sentinels.index(dead))
             raise error
         return result
 
