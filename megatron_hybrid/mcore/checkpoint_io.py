@@ -84,7 +84,7 @@ def build_gpt(args: Mapping[str, Any], *, dtype: torch.dtype) -> GPTModel:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
-    return GPTModel(
+    model = GPTModel(
         config,
         get_gpt_layer_local_spec(normalization=args["normalization"]),
         vocab_size=args["padded_vocab_size"],
@@ -94,6 +94,7 @@ def build_gpt(args: Mapping[str, Any], *, dtype: torch.dtype) -> GPTModel:
         rotary_percent=args["rotary_percent"],
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
     )
+    return model.to(dtype)  # torch's norms ignore params_dtype; Megatron casts them in the same way while training
 
 
 def local_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

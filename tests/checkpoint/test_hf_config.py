@@ -1,0 +1,85 @@
+import argparse
+
+import pytest
+
+from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args, megatron_args_to_hf_config, megatron_flags
+from megatron_hybrid.errors import DataError
+from tests.checkpoint.tiny_llama import make_model
+
+CONFIG = make_model().config.to_dict()
+
+
+def test_smollm2_numbers_arrive_under_megatron_names():
+    args = hf_config_to_megatron_args(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": 30,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rope_theta": 100000,  # as transformers 4 wrote it
+            "rms_norm_eps": 1e-05,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "vocab_size": 49152,
+        }
+    )
+    assert args["rotary_base"] == 100000
+    assert args["kv_channels"] == 64
+    assert (args["num_query_groups"], args["group_query_attention"]) == (3, True)
+    assert (args["vocab_size"], args["padded_vocab_size"], args["make_vocab_size_divisible_by"]) == (49152, 49152, 128)
+    assert args["untie_embeddings_and_output_weights"] is False
+    assert args["hidden_dropout"] == args["attention_dropout"] == 0.0  # Megatron's own default is 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_architecture_survives_the_round_trip(tied):
+    config = make_model(tied=tied).config.to_dict()
+    back = megatron_args_to_hf_config(hf_config_to_megatron_args(config))
+    for name in (back.keys() & config.keys()) - {"architectures"}:  # transformers fills that in while saving
+        assert back[name] == config[name], name
+
+
+def test_padding_can_be_chosen_and_never_cuts():
+    args = hf_config_to_megatron_args(CONFIG, pad_vocab_to=66)
+    assert (args["vocab_size"], args["padded_vocab_size"], args["make_vocab_size_divisible_by"]) == (63, 66, 66)
+    with pytest.raises(DataError, match="below the vocabulary of 63"):
+        hf_config_to_megatron_args(CONFIG, pad_vocab_to=60)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model_type": "qwen3"}, "qwen3"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "llama3"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(setting, message):
+    with pytest.raises(DataError, match=message):
+        hf_config_to_megatron_args({**CONFIG, **setting})
+
+
+def test_a_model_that_is_no_llama_is_not_exported_as_one():
+    args = {**hf_config_to_megatron_args(CONFIG), "normalization": "LayerNorm"}
+    with pytest.raises(DataError, match="LayerNorm"):
+        megatron_args_to_hf_config(args)
+
+
+def test_the_flags_say_the_same_as_the_arguments():
+    args = hf_config_to_megatron_args(CONFIG)
+    flags = megatron_flags(args)
+    parser = argparse.ArgumentParser()
+    for flag in ("disable-bias-linear", "swiglu", "group-query-attention", "untie-embeddings-and-output-weights"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    for flag in (name for name in flags if name.startswith("--")):
+        if flag not in parser._option_string_actions:
+            parser.add_argument(flag)
+    parsed = vars(parser.parse_args(flags))
+    assert parsed.pop("disable_bias_linear") is not args["add_bias_linear"]
+    for name, value in parsed.items():
+        assert str(value) == str(args[name]), name

@@ -1,0 +1,107 @@
+"""Converted checkpoints in real `megatron.training`, cut over tensor and pipeline ranks."""
+
+import sys
+
+import pytest
+import torch
+
+from megatron_hybrid.checkpoint.folders import hf_folder_to_megatron
+from megatron_hybrid.runtime import cpu
+from tests.checkpoint.tiny_llama import VOCAB, make_folder
+
+FLAGS = (
+    "--use-checkpoint-args --finetune --seq-length 16 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 "
+    # A step of length 0 leaves AdamW's weights as they are, bit for bit.
+    "--lr 0 --min-lr 0 --weight-decay 0 --save-interval 1 --eval-iters 0 --eval-interval 1000 "
+    "--dataloader-type external --num-workers 0 --distributed-backend gloo --transformer-impl local "
+    "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion "
+    "--no-bias-swiglu-fusion --calculate-per-token-loss"
+)
+
+
+class Batches:
+    """The same sequence for ever."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        tokens = torch.arange(16)[None] % 60
+        return {"tokens": tokens, "labels": tokens + 1, "position_ids": torch.arange(16)[None]}
+
+
+def datasets(num_samples, vp_stage=None):
+    return Batches(), None, None
+
+
+datasets.is_distributed = True
+
+
+def train_one_idle_step(load, save, flags):
+    """Real Megatron on this rank: load, one step with learning rate 0, save. Returns the loss where it is known."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    losses = []
+
+    def loss_func(output):
+        losses.append(output.float().mean().item())
+        count = torch.tensor(output.numel(), dtype=torch.int)
+        return output.float().sum(), count, {"lm loss": torch.stack([output.float().sum().detach(), count.float()])}
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]), loss_func
+
+    with cpu.enabled():
+        sys.argv = ["train.py", "--load", load, "--save", save, *FLAGS.split(), *flags.split()]
+        args = parse_and_validate_args()
+        pretrain(
+            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    return losses
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    model = make_folder(folder / "hf")
+    hf_folder_to_megatron(folder / "hf", folder / "megatron")
+    tokens = torch.arange(16)[None] % 60
+    with torch.no_grad():
+        # Megatron's own loss runs over the padding columns too, whose logits are exactly 0.
+        logits = torch.nn.functional.pad(model(tokens).logits, (0, 128 - VOCAB))
+    return folder / "megatron", torch.nn.functional.cross_entropy(logits[0], tokens[0] + 1).item()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tensor-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+        "--pipeline-model-parallel-size 2 --bf16",
+    ],
+)
+def test_megatron_loads_the_checkpoint_at_any_layout(checkpoint, tmp_path, rank_pool, flags):
+    from megatron_hybrid.mcore.checkpoint_io import load_megatron_state
+
+    folder, expected_loss = checkpoint
+    results = rank_pool(2, init=False).run(train_one_idle_step, str(folder), str(tmp_path / "again"), flags)
+
+    before, args_before = load_megatron_state(folder)
+    after, args_after = load_megatron_state(tmp_path / "again")
+    dtype = torch.bfloat16 if "bf16" in flags else torch.float32
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].to(dtype), after[name]) for name in before)
+    for name in ("num_layers", "padded_vocab_size", "rotary_base", "tokenizer_model", "num_query_groups"):
+        assert args_before[name] == args_after[name], name
+
+    if dtype == torch.float32:
+        losses = [loss for ranks in results for loss in ranks]
+        # fp32 sums in another order, as for the logits of one rank.
+        assert losses and losses == pytest.approx([expected_loss] * len(losses), rel=1e-5)
