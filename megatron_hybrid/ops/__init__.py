@@ -1,0 +1,9 @@
+"""The op: student and teacher logits in, per-token loss and the closed-form gradient out. torch and nothing else.
+
+api.py          the public function: checks, then stats pass -> weigh -> gradient
+call.py         one call as the passes see it: flat tensors, counted rows, this rank's slice of the vocabulary
+function.py     what all backends share: one all-gather, the merge of the shards, the autograd function
+eager.py        the two passes over a shard in plain torch, row block by row block
+reference.py    the judge: float64, whole vocabulary, a page of formulas
+diagnostics.py  norms of the two halves of the gradient, on request
+"""

@@ -1,0 +1,81 @@
+"""How strongly imitation and reward pull on each token: squared norms of the two halves of the logit gradient.
+
+    dense_sq   | beta p (d - k) / T |^2        sparse_sq   | A (p - onehot(y)) / T |^2
+
+On request only, outside the op: two reads of each shard, two collectives ([n, 8] and [n, 2] gathered), no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.collectives import sum_over_ranks
+from megatron_hybrid.ops import eager
+from megatron_hybrid.ops.api import as_weight
+from megatron_hybrid.ops.call import Call, read_call, rows_of
+from megatron_hybrid.ops.function import Merged, merged_stats
+from megatron_hybrid.parallel import Group
+
+
+@torch.no_grad()
+def logit_gradient_norms(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    imitation_weight: float | Tensor,
+    advantage: float | Tensor,
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    vocab_size: int | None = None,
+    group: Group = None,
+    ignore_index: int | None = -100,
+    teacher_logit_floor: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dense_sq, sparse_sq), each [...] fp32 in the target's shape; arguments as `vocab_parallel_hybrid_loss`.
+
+    Norms of the whole vocabulary's gradient, equal on every rank; 0 in rows that do not count, and dense_sq also where
+    the KL is infinite.
+    """
+    call = read_call(
+        student_logits,
+        teacher_logits,
+        target,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+        group=group,
+        ignore_index=ignore_index,
+        teacher_logit_floor=teacher_logit_floor,
+    )
+    imitation, credit = (
+        call.counted(as_weight(name, weight, target)) * call.shard.student_scale
+        for name, weight in (("imitation_weight", imitation_weight), ("advantage", advantage))
+    )
+    student, teacher = rows_of(student_logits), None if teacher_logits is None else rows_of(teacher_logits)
+    merged = merged_stats(eager, student, teacher, call)
+    squares = _shard_squares(student, teacher, call, merged)
+    dense, others = (sum_over_ranks(squares, call.group) if len(squares) else squares).unbind(-1)
+    kl = merged.stats.kl
+    dense = torch.where((kl == torch.inf) | (imitation == 0), 0.0, imitation.square() * (dense + 0 * kl))
+    # 1 - p(y) from its logarithm: where p(y) is nearly 1 the norm is small and 1 - p would round it away.
+    sparse = credit.square() * (others + merged.stats.log_prob.expm1().square())
+    return call.restored(dense), call.restored(sparse)
+
+
+def _shard_squares(student: Tensor, teacher: Tensor | None, call: Call, merged: Merged) -> Tensor:
+    """This rank's part of sum_v (p (d - k))^2 and of sum_{v != y} p^2, [n, 2] fp32."""
+    width = call.shard.width
+    squares = student.new_zeros((len(call.target), 2), dtype=torch.float32)
+    per_row = torch.stack((merged.m_z, merged.m_w, merged.mean_difference, merged.s_z), dim=-1)
+    blocks = eager.row_blocks(len(call.target), width, student)
+    z_buffer, d_buffer = eager.block_buffers(2, blocks, width, student)
+    for start, stop in blocks:
+        p, d = z_buffer[: stop - start], d_buffer[: stop - start]
+        m_z, m_w, k, s_z = per_row[start:stop].split(1, dim=-1)
+        eager.centred_difference(p, d, student, teacher, call, start, m_z, m_w)
+        p.exp_().div_(s_z)
+        squares[start:stop, 0] = d.sub_(k).mul_(p).square_().sum(-1)
+        column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
+        p.scatter_(1, column, torch.where(here, 0.0, p.gather(1, column)))
+        squares[start:stop, 1] = p.square_().sum(-1)
+    return squares

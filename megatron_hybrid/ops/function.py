@@ -1,0 +1,141 @@
+"""What every backend shares: merging the shards, folding the weights into coefficients, autograd around both.
+
+    forward    shard stats -> one all-gather of [n, 8] -> merge -> weigh -> loss = beta KL - A log pi(y)
+    backward   dloss/dz = g/T * ( beta p (d - k) + A (p - onehot(y)) ),  p = e/s_z,  k = E_p[d]
+                        = e (a (d - k) + b) - c onehot(y),   a = g beta/(T s_z),  b = g A/(T s_z),  c = g A/T
+
+g is the gradient of the loss that arrives, T the student's temperature, e and d as in `eager.py`. Forward: one
+collective, merged in rank order, so all ranks hold the same bits. Backward: none. Saved: the inputs and a few numbers
+per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_hybrid.collectives import gather_ranks
+from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.ops.call import Call, Shard, rows_of
+from megatron_hybrid.records import TokenStats
+
+
+class Backend(Protocol):
+    """The two passes of `eager.py`; a backend is any object that has them."""
+
+    @property
+    def shard_stats(self) -> Callable[[Tensor, Tensor | None, Call], Tensor]: ...
+
+    @property
+    def shard_gradient(self) -> Callable[[Tensor, Tensor | None, Call, Tensor, Tensor], None]: ...
+
+
+class Merged(NamedTuple):
+    """Per-token numbers of the whole vocabulary, [n] fp32 each, equal on every rank."""
+
+    m_z: Tensor
+    """Largest student logit, raw."""
+    s_z: Tensor
+    """Sum of e."""
+    m_w: Tensor
+    """Largest teacher logit, raw."""
+    mean_difference: Tensor
+    """k = E_p[d]; the teacher's and the student's normalisers are not in it. +inf where the KL is."""
+    stats: TokenStats
+
+
+def merge_shards(gathered: Tensor, shard: Shard, *, has_teacher: bool) -> Merged:
+    """The ranks' statistics [tp, n, 8] (order of `eager.NUM_STATS`) to those of the whole vocabulary."""
+    m_z_r, s_z_r, m_w_r, s_w_r, a_r, b_r, z_y_r, w_y_r = gathered.unbind(-1)
+    m_z, m_w = m_z_r.amax(0), m_w_r.amax(0)
+    z_shift, w_shift = (m_z_r - m_z) * shard.student_scale, (m_w_r - m_w) * shard.teacher_scale
+    z_factor = z_shift.exp()
+
+    def rescaled(moment: Tensor, shift: Tensor) -> Tensor:
+        # A rank whose mass underflows adds nothing, even where its own moment is infinite.
+        return torch.where(z_factor == 0, 0.0, z_factor * (moment + shift * s_z_r)).sum(0)
+
+    s_z, s_w = (z_factor * s_z_r).sum(0), (w_shift.exp() * s_w_r).sum(0)
+    mean_difference = rescaled(a_r, z_shift - w_shift) / s_z
+    log_s_z = s_z.log()
+    entropy = log_s_z - rescaled(b_r, z_shift) / s_z
+    log_prob = (z_y_r.sum(0) - m_z) * shard.student_scale - log_s_z
+    kl, teacher_log_prob = torch.zeros_like(log_prob), torch.zeros_like(log_prob)
+    if has_teacher:
+        # The log of the ratio, not the difference of the logs: a KL near 0 keeps its digits.
+        kl = torch.where(mean_difference == torch.inf, torch.inf, mean_difference + (s_w / s_z).log())
+        teacher_log_prob = (w_y_r.sum(0) - m_w) * shard.teacher_scale - s_w.log()
+    return Merged(m_z, s_z, m_w, mean_difference, TokenStats(kl, log_prob, teacher_log_prob, entropy))
+
+
+def merged_stats(backend: Backend, student: Tensor, teacher: Tensor | None, call: Call) -> Merged:
+    """Stats pass, the one collective (none where no row counts: ranks share their targets), merge."""
+    stats = backend.shard_stats(student, teacher, call)
+    gathered = gather_ranks(stats, call.group) if len(call.target) else stats.unsqueeze(0)
+    return merge_shards(gathered, call.shard, has_teacher=teacher is not None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the autograd function needs besides the logits."""
+
+    call: Call
+    backend: Backend
+    weights: Callable[[TokenStats], tuple[Tensor, Tensor]]
+    """Stats in the target's shape to (imitation_weight, advantage), fp32, in the target's shape."""
+    inplace: bool
+
+
+class HybridLossFunction(torch.autograd.Function):
+    """(loss, kl, log_prob, teacher_log_prob, entropy), each in the target's shape; only the loss has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+        call = plan.call
+        teacher = None if teacher_logits is None else rows_of(teacher_logits)
+        merged = merged_stats(plan.backend, rows_of(student_logits), teacher, call)
+        stats = TokenStats(*(call.restored(value) for value in vars(merged.stats).values()))
+        imitation, advantage = (call.counted(weight) for weight in plan.weights(stats))
+        # Selected, not multiplied: a weight of 0 drops a term even where it is infinite.
+        loss = torch.where(imitation == 0, 0.0, imitation * merged.stats.kl)
+        loss = loss - torch.where(advantage == 0, 0.0, advantage * merged.stats.log_prob)
+        ctx.plan, ctx.spent = plan, False
+        ctx.save_for_backward(student_logits, teacher_logits, *_gradient_numbers(merged, imitation, advantage))
+        ctx.set_materialize_grads(False)
+        outputs = (call.restored(loss), stats.kl, stats.log_prob, stats.teacher_log_prob, stats.entropy)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if ctx.spent:
+            raise ConfigError(
+                "backward through the hybrid loss ran a second time, but inplace=True let the first one write the "
+                "gradient over the student logits. Use inplace=False to run backward twice under retain_graph."
+            )
+        if grad_loss is None:
+            return None, None, None
+        plan: Plan = ctx.plan
+        student_logits, teacher_logits, m_z, m_w, k, s_z, dense, sparse = ctx.saved_tensors
+        ctx.spent = plan.inplace
+        scale = plan.call.counted(grad_loss.float()) * plan.call.shard.student_scale
+        a, c = scale * dense, scale * sparse
+        coefficients = torch.stack((m_z, m_w, k, a / s_z, c / s_z, c), dim=-1)
+        # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
+        # Not empty_like: it would keep strides that no view flattens.
+        out = student_logits.detach() if plan.inplace else student_logits.new_empty(student_logits.shape)
+        teacher = None if teacher_logits is None else rows_of(teacher_logits)
+        plan.backend.shard_gradient(rows_of(student_logits), teacher, plan.call, coefficients, rows_of(out))
+        return out, None, None
+
+
+def _gradient_numbers(merged: Merged, imitation: Tensor, advantage: Tensor) -> tuple[Tensor, ...]:
+    """m_z, m_w, k, s_z, dense and sparse weight, [n] each: an infinite KL has no gradient, a NaN one shows in it."""
+    kl = merged.stats.kl
+    infinite = kl == torch.inf
+    k = torch.where(infinite, 0.0, torch.where(kl.isnan(), kl, merged.mean_difference))
+    return merged.m_z, merged.m_w, k, merged.s_z, torch.where(infinite, 0.0, imitation), advantage
