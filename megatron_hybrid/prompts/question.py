@@ -1,0 +1,34 @@
+"""What a source gives, and what makes something a source."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in words, before any chat template."""
+
+    text: str
+    task: str
+    """A reasoning-gym task, or the `task` field of a prompt file."""
+    answer: str
+    entry: dict[str, Any] = field(default_factory=dict)
+    """For the reward: `source` says which kind of source made it, `record` is the source's own record."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Solved questions (question, answer) shown before this one, to teach a small model the form of an answer."""
+
+
+class PromptSource(Protocol):
+    """Questions by number. Question `index` never changes, whatever was asked before."""
+
+    @property
+    def size(self) -> int | None:
+        """Number of questions; None: any index >= 0 gives one."""
+        ...
+
+    def item(self, index: int) -> Question: ...
+
+    def without(self, texts: Collection[str]) -> "PromptSource":
+        """The same source, guaranteed to never give a question with one of these texts."""
+        ...

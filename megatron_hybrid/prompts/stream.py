@@ -1,0 +1,91 @@
+"""The order of prompts: a pure function of (seed, position), so a run resumes from the number of prompts it consumed.
+
+Position p of a finite source is entry p mod n of epoch p div n; each epoch is a new permutation. A generated source has
+no end and no order of its own: position p is its question p. Data-parallel ranks take neighbouring slices of a draw, so
+a draw holds the same prompts for every dp_size. No state, no collectives.
+"""
+
+import random
+from functools import lru_cache
+
+from megatron_hybrid.errors import ConfigError, DataError
+from megatron_hybrid.prompts.question import PromptSource, Question
+from megatron_hybrid.prompts.template import PromptTemplate
+from megatron_hybrid.records import Prompt
+
+_SAMPLE_OF_GENERATED = (
+    64  # questions encoded up front where all cannot be: several of each task, in well under a second
+)
+
+
+class PromptStream:
+    """An endless, seeded, resumable sequence of prompts.
+
+    max_prompt_length   tokens a prompt may have; what the model's sequence length leaves beside a response
+    """
+
+    def __init__(self, source: PromptSource, template: PromptTemplate, *, seed: int, max_prompt_length: int) -> None:
+        if max_prompt_length < 1:
+            raise ConfigError(
+                f"max_prompt_length must be at least 1, got {max_prompt_length}: the response length leaves no room "
+                "for a prompt. Lower max_response_length or raise the sequence length."
+            )
+        if source.size is not None and source.size < 1:
+            raise DataError("the source has no questions: a stream needs at least one.")
+        self._source = source
+        self._template = template
+        self._seed = seed
+        self._max_prompt_length = max_prompt_length
+        self._permutation = lru_cache(maxsize=2)(self._shuffle)  # a draw may straddle two epochs
+        self.size = source.size
+        """Questions before the first repetition; None for generated ones."""
+        checked = range(_SAMPLE_OF_GENERATED if source.size is None else source.size)
+        self._require_short([self._encode(source.item(index), prompt_id=index) for index in checked])
+
+    def draw(self, start: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> list[Prompt]:
+        """This rank's share of the prompts at positions [start, start + count).
+
+        start, count   positions over all data-parallel ranks together
+        returns        the dp_rank-th of dp_size neighbouring slices, in order; sizes differ by at most 1
+        """
+        if start < 0 or count < 0 or not 0 <= dp_rank < dp_size:
+            raise ConfigError(
+                f"cannot draw {count} prompts from position {start} for rank {dp_rank} of {dp_size}: start and count "
+                "must be >= 0 and 0 <= dp_rank < dp_size."
+            )
+        positions = range(start + count * dp_rank // dp_size, start + count * (dp_rank + 1) // dp_size)
+        prompts = [self._encode(self._question(position), prompt_id=position) for position in positions]
+        self._require_short(prompts)
+        return prompts
+
+    def _question(self, position: int) -> Question:
+        if self._source.size is None:
+            return self._source.item(position)
+        epoch, place = divmod(position, self._source.size)
+        return self._source.item(self._permutation(epoch)[place])
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        assert self._source.size is not None
+        order = list(range(self._source.size))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)  # a text seed is hashed with SHA-512: no epoch overlaps
+        return order
+
+    def _encode(self, question: Question, *, prompt_id: int) -> Prompt:
+        ids = self._template.encode(question)
+        return Prompt(prompt_id, ids, question.text, question.task, question.answer, question.entry)
+
+    def _require_short(self, prompts: list[Prompt]) -> None:
+        too_long = [prompt for prompt in prompts if len(prompt.token_ids) > self._max_prompt_length]
+        if not too_long:
+            return
+        longest = max(too_long, key=lambda prompt: len(prompt.token_ids))
+        raise DataError(
+            f"{len(too_long)} of {len(prompts)} prompts are longer than {self._max_prompt_length} tokens; the longest "
+            f"has {len(longest.token_ids)} (task {longest.task!r}: {_excerpt(longest.text)}). Cut prompts would ask "
+            "something else, so none are: raise the sequence length, lower max_response_length, shorten the system "
+            "prompt, or take these questions out (reasoning-gym: a smaller configuration of the task)."
+        )
+
+
+def _excerpt(text: str, length: int = 80) -> str:
+    return repr(text if len(text) <= length else text[:length] + "...")
