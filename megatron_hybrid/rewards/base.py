@@ -1,0 +1,24 @@
+"""What a reward is, and where an answer stands in a response."""
+
+from typing import Protocol
+
+from megatron_hybrid.records import Prompt
+
+
+class Reward(Protocol):
+    """One response to one number. A reward is maximised; most lie in [0, 1]."""
+
+    name: str
+
+    def score(self, prompt: Prompt, response: str) -> float: ...
+
+
+def extract_answer(response: str) -> str:
+    """The text between the last pair of <answer> tags; without a pair the whole response; outer white space is cut.
+
+    Never the last line alone: many answers (grids, lists) have several lines. Linear in the length, where the usual
+    regular expression takes quadratic time on a response of many opening tags.
+    """
+    before, closing, _ = response.rpartition("</answer>")
+    _, opening, inside = before.rpartition("<answer>")
+    return (inside if closing and opening else response).strip()

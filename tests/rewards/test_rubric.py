@@ -1,0 +1,111 @@
+"""Named rewards become one number per rollout, and nothing that is not finite gets through."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_hybrid.errors import ConfigError, RewardError
+from megatron_hybrid.records import Prompt, RolloutBatch
+from megatron_hybrid.rewards.by_source import default_rubric
+from megatron_hybrid.rewards.rubric import Rubric, totals_by_task
+
+
+class Length:
+    name = "length"
+
+    def score(self, prompt, response):
+        return len(response)
+
+
+class Constant:
+    name = "constant"
+
+    def __init__(self, value):
+        self.value = value
+
+    def score(self, prompt, response):
+        return self.value
+
+
+def rollouts(responses, *, tasks=None, truncated=None):
+    n = len(responses)
+    prompts = [Prompt(i, (1,), "?", task, "ab", {"source": "jsonl"}) for i, task in enumerate(tasks or ["file"] * n)]
+    return RolloutBatch(
+        prompts=tuple(prompts),
+        tokens=torch.zeros(n, 3, dtype=torch.int64),
+        response_mask=torch.zeros(n, 3, dtype=torch.bool),
+        sampled_logprobs=torch.zeros(n, 3),
+        group_id=torch.arange(n),
+        truncated=tuple(truncated or [False] * n),
+        responses=tuple(responses),
+        temperature=1.0,
+        policy_version=0,
+        seed=0,
+    )
+
+
+def test_rewards_are_the_weighted_sum_and_the_breakdown_is_unweighted():
+    batch = Rubric({"length": (Length(), -0.5), "bonus": (Constant(3), 2.0)}).score(rollouts(["a", "bcd"]))
+    assert batch.rewards.tolist() == [5.5, 4.5]
+    assert batch.breakdown["length"].tolist() == [1, 3]
+    assert batch.breakdown["bonus"].tolist() == [3, 3]
+    assert {t.dtype for t in (batch.rewards, *batch.breakdown.values())} == {torch.float32}
+
+
+def test_a_truncated_rollout_is_scored_as_it_is_unless_told_otherwise():
+    batch = rollouts(["a", "bc"], truncated=[True, False])
+    assert Rubric({"length": (Length(), 1.0)}).score(batch).rewards.tolist() == [1, 2]
+    told = Rubric({"length": (Length(), 1.0)}, truncated_reward=-1.0).score(batch)
+    assert told.rewards.tolist() == [-1, 2]
+    assert told.breakdown["length"].tolist() == [1, 2]
+
+
+def test_no_rollouts_give_no_rewards():
+    assert Rubric({"length": (Length(), 1.0)}).score(rollouts([])).rewards.shape == (0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_reported_with_its_reward_prompt_and_response(value):
+    with pytest.raises(RewardError, match=r"'bad' gave (nan|inf|-inf) for prompt 0 \(task 'file': '\?'\).*'what'"):
+        Rubric({"fine": (Constant(1), 1.0), "bad": (Constant(value), 0.0)}).score(rollouts(["what"]))
+
+
+def test_an_exception_of_a_reward_is_not_swallowed():
+    class Broken:
+        name = "broken"
+
+        def score(self, prompt, response):
+            raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        Rubric({"broken": (Broken(), 1.0)}).score(rollouts(["a"]))
+
+
+def test_a_batch_with_a_response_too_few_is_refused():
+    batch = rollouts(["a", "b"])
+    object.__setattr__(batch, "responses", ("a",))
+    with pytest.raises(ValueError, match="zip"):
+        Rubric({"length": (Length(), 1.0)}).score(batch)
+
+
+def test_impossible_rubrics_are_refused():
+    with pytest.raises(ConfigError, match="at least one reward"):
+        Rubric({})
+    with pytest.raises(ConfigError, match="weight of 'length' must be a finite number, got nan"):
+        Rubric({"length": (Length(), math.nan)})
+    with pytest.raises(ConfigError, match="truncated response must be a finite number, got inf"):
+        Rubric({"length": (Length(), 1.0)}, truncated_reward=math.inf)
+    with pytest.raises(ConfigError, match="file_reward must be one of exact_match, math_answer; got 'exact'"):
+        default_rubric(file_reward="exact")
+
+
+def test_totals_by_task_are_sums_and_counts():
+    batch = rollouts(["a", "bc", "def"], tasks=["x", "y", "x"])
+    assert totals_by_task(batch, Rubric({"length": (Length(), 1.0)}).score(batch)) == {"x": (4.0, 2), "y": (2.0, 1)}
+
+
+def test_the_default_rubric_scores_a_file_by_exact_match():
+    batch = default_rubric(truncated_reward=0.0).score(rollouts(["AB", "abc", "ab"], truncated=[False, False, True]))
+    assert batch.rewards.tolist() == [1, 0, 0]
+    assert batch.breakdown["score"].tolist() == [1, 0, 1]
