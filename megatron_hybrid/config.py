@@ -6,7 +6,7 @@
 import math
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 from megatron_hybrid.errors import ConfigError
 
@@ -21,8 +21,17 @@ def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+class _FromArguments:
+    """Reads itself from parsed `--hybrid-*` arguments; past this boundary nobody reads them again."""
+
+    @classmethod
+    def from_args(cls, args: Any) -> Self:
+        """The settings in `args.hybrid_<field>`, validated."""
+        return cls(**{f.name: getattr(args, f"hybrid_{f.name}") for f in fields(cls)})  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class HybridConfig:
+class HybridConfig(_FromArguments):
     """The objective of arXiv 2512.23097 and its estimator: beta * trajectory reverse KL - lambda * reward, minimised."""
 
     reward_weight: float = setting(1.0, "lambda: weight of the reward, per unit of reward")
@@ -95,7 +104,7 @@ class HybridConfig:
 
 
 @dataclass(frozen=True)
-class OnlineConfig:
+class OnlineConfig(_FromArguments):
     """Where an online run takes its prompts, rewards and teacher from, and what it leaves behind."""
 
     prompts: str | None = setting(
@@ -108,7 +117,7 @@ class OnlineConfig:
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
     rollout_batch_size: int = setting(64, "sequences decoded together on one data-parallel replica")
     teacher_load: str | None = setting(None, "Megatron checkpoint (torch_dist) of the teacher; its arguments are read from it")
-    run_dir: str | None = setting(None, "folder for the resolved configuration, metrics.jsonl, samples and plots")
+    run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
     samples_interval: int = setting(10, "steps between entries of the table of samples")
 
     def __post_init__(self) -> None:

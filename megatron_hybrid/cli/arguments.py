@@ -1,0 +1,67 @@
+"""`--hybrid-*` flags, declared from the fields of the config classes, which read them back (`config.py`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from megatron_hybrid.config import HybridConfig, OnlineConfig
+
+class _TurnOn(argparse.Action):
+    """`--hybrid` brings the Megatron setting that the hybrid gradient stands on."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.hybrid = True
+        namespace.calculate_per_token_loss = True
+
+
+def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds `--hybrid` and the `--hybrid-*` flags; an `extra_args_provider` for Megatron's parser.
+
+    `--hybrid` also sets --calculate-per-token-loss: one global normaliser. Without it every other flag here is inert and
+    the run is plain Megatron.
+    """
+    group = parser.add_argument_group("hybrid", "online imitation and reinforcement at once (arXiv 2512.23097)")
+    group.add_argument(
+        "--hybrid", action=_TurnOn, nargs=0, default=False, help="train with the hybrid objective; off: plain Megatron"
+    )
+    for config in (HybridConfig, OnlineConfig):
+        for f in fields(config):
+            assert f.default is not MISSING, f.name
+            kind = _kind(str(f.type))
+            group.add_argument(
+                _flag(f.name),
+                type=kind,
+                default=f.default,
+                choices=f.metadata["choices"],
+                metavar=None if f.metadata["choices"] else kind.__name__.upper(),
+                help=f"{f.metadata['help']} (default: {'unset' if f.default is None else f.default})".replace("%", "%%"),
+            )
+    return parser
+
+
+def hybrid_config_from_args(args: argparse.Namespace) -> HybridConfig | None:
+    """The method, validated; None without `--hybrid`.
+
+    Raises:
+        ConfigError: a setting is out of range or contradicts another.
+    """
+    return HybridConfig.from_args(args) if getattr(args, "hybrid", False) else None
+
+
+def _flag(name: str) -> str:
+    return "--hybrid-" + name.replace("_", "-")
+
+
+def _kind(annotation: str) -> type:
+    # Optional settings are written `X | None`; the flag takes an X.
+    names = {"float": float, "int": int, "str": str, "<class 'float'>": float, "<class 'int'>": int, "<class 'str'>": str}
+    return names[annotation.removesuffix(" | None")]

@@ -1,0 +1,106 @@
+"""Every symbol the package borrows from Megatron is fetched here, so that a version that lacks one is told apart by name.
+
+`check_megatron()` looks at all of them before a model is built. README.md in this folder lists them with the reason for
+each.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+from megatron_hybrid.errors import ConfigError, MegatronMismatch
+
+SEEN_VERSIONS = "0.19.2"
+
+BORROWED: tuple[tuple[str, str], ...] = (
+    ("megatron.core.models.gpt", "GPTModel"),
+    ("megatron.core.inference.contexts", "StaticInferenceContext"),
+    ("megatron.core.pipeline_parallel", "get_forward_backward_func"),
+    ("megatron.core.utils", "unwrap_model"),
+    ("megatron.core.dist_checkpointing", "load"),
+    ("megatron.core.dist_checkpointing.serialization", "load_common_state_dict"),
+    ("megatron.core.process_groups_config", "ProcessGroupCollection"),
+    ("megatron.training", "get_args"),
+    ("megatron.training.argument_utils", "gpt_config_from_args"),
+    ("megatron.training.argument_utils", "pretrain_cfg_container_from_args"),
+    ("megatron.training.arguments", "parse_and_validate_args"),
+    ("megatron.training.global_vars", "get_tensorboard_writer"),
+    ("megatron.training.global_vars", "get_tokenizer"),
+    ("megatron.training.global_vars", "get_wandb_writer"),
+    ("megatron.training.training", "evaluate_and_print_results"),
+    ("megatron.training.training", "get_forward_backward_func"),
+    ("megatron.training.training", "pretrain"),
+    ("megatron.training.training", "training_log"),
+)
+
+# (module, function, parameters we pass or read by name)
+EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("megatron.training.training", "training_log", ("learning_rate", "iteration", "skipped_iter", "grad_norm")),
+    ("megatron.training.training", "pretrain", ("train_valid_test_dataset_provider", "forward_step_func")),
+)
+
+
+def megatron_version() -> str:
+    """The installed megatron-core version, or 'none'."""
+    try:
+        return str(importlib.import_module("megatron.core").__version__)
+    except ImportError:
+        return "none"
+
+
+def borrow(module: str, name: str) -> Any:
+    """The attribute `module.name` of the installed Megatron.
+
+    Raises:
+        MegatronMismatch: it is not there; the message has its path, the installed version and the versions seen.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise MegatronMismatch(
+            f"megatron-core {megatron_version()} has no {module}.{name} ({error}). This package was seen to work with "
+            f"megatron-core {SEEN_VERSIONS}: install that version, or adapt megatron_hybrid/mcore."
+        ) from error
+
+
+def check_parameters(path: str, function: Any, expected: tuple[str, ...]) -> None:
+    """Raises MegatronMismatch where `function` no longer takes the parameters we rely on."""
+    missing = [name for name in expected if name not in inspect.signature(function).parameters]
+    if missing:
+        raise MegatronMismatch(
+            f"{path} of megatron-core {megatron_version()} has no parameter {', '.join(missing)}, which this package "
+            f"relies on (seen with {SEEN_VERSIONS}). Install that version, or adapt megatron_hybrid/mcore."
+        )
+
+
+def check_megatron() -> None:
+    """Looks at every borrowed symbol; call before a model is built.
+
+    Raises:
+        MegatronMismatch: a symbol or a parameter is missing.
+        ConfigError: the `apex` that is installed is not NVIDIA's.
+    """
+    check_apex()
+    for module, name in BORROWED:
+        borrow(module, name)
+    for module, name, expected in EXPECTED_PARAMETERS:
+        check_parameters(f"{module}.{name}", borrow(module, name), expected)
+    gpt = borrow("megatron.core.models.gpt", "GPTModel")
+    check_parameters("GPTModel.forward", gpt.forward, ("output_processor", "output_processor_context"))
+
+
+def check_apex() -> None:
+    """`pip install apex` installs an unrelated web toolkit that Megatron would try to import.
+
+    Raises:
+        ConfigError: an `apex` without NVIDIA's modules is installed.
+    """
+    if importlib.util.find_spec("apex") is None:
+        return
+    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+        raise ConfigError(
+            "the installed package 'apex' is not NVIDIA Apex: it has no apex.multi_tensor_apply. PyPI's 'apex' is an "
+            "unrelated web toolkit. Run `pip uninstall apex`; NVIDIA's comes with NGC images or from source, and "
+            "Megatron runs without it."
+        )

@@ -1,0 +1,11 @@
+"""One root seed to every random number of a run: a sample can be drawn again from (seed, step, prompt, sample) alone."""
+
+import numpy as np
+
+
+def uniforms(seed: int, step: int, prompt_id: int, sample: int, count: int) -> np.ndarray:
+    """[count] float64 in [0, 1): the randomness of one response, independent of layout, batch and rank.
+
+    Streams of different keys are independent (numpy SeedSequence, PCG64).
+    """
+    return np.random.default_rng([seed, step, prompt_id, sample]).random(count)

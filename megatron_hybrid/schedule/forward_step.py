@@ -1,0 +1,221 @@
+"""The function Megatron's schedule calls: the model with our output processor, and the loss it reduces.
+
+On the last stage, per micro-batch:  hidden [s, b, h] -> rows that predict a response token [n, h] -> LM head -> student
+logits [n, v/tp], with the teacher's from its payload -> op (stats, credit, loss [n]) -> (sum, count, report). Megatron
+divides the summed gradient by the summed count (`--calculate-per-token-loss`), which makes the normaliser global.
+
+Collectives: the op's one all-gather over tp. Nothing else is exchanged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.mcore.model import head_logits, select_rows
+from megatron_hybrid.metrics import Metrics
+from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
+from megatron_hybrid.ops.diagnostics import logit_gradient_norms
+from megatron_hybrid.parallel import GroupView
+from megatron_hybrid.records import HybridMicrobatch, TokenStats
+
+IGNORED = -100
+Output = tuple[Tensor, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the forward step must know of the job besides the method; filled once Megatron is initialised."""
+
+    tp: GroupView
+    vocab_size: int
+    """True vocabulary."""
+
+
+class HybridForwardStep:
+    """A drop-in `forward_step_func` for `megatron.training.pretrain`.
+
+    Three kinds of batches, told apart by their type:
+
+    * `HybridMicrobatch`: the hybrid loss. `pretrain_hybrid` feeds these; one's own loop can.
+    * Megatron's tuple (tokens, labels, loss_mask, attention_mask, position_ids) of an existing `get_batch`, hybrid on:
+      demonstrations. imitation weight 0 and advantage 1 on every unmasked token, which is Megatron's own cross-entropy,
+      computed by the op; or the script's own `base_loss_func` where one is given.
+    * the same tuple, hybrid off: exactly the stock step, model with labels and `base_loss_func`.
+
+    Args:
+        config: the method; None: `pretrain_hybrid` fills it from `--hybrid-*` arguments, or leaves hybrid off.
+        get_batch: `get_batch(data_iterator)` of an existing script; None: `next(data_iterator)`.
+        base_loss_func: `base_loss_func(loss_mask, output_tensor)` of an existing script.
+        teacher: a teacher for `pretrain_hybrid` to ask (see `teachers/base.py`); None: built from
+            `--hybrid-teacher-load`.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig | None = None,
+        *,
+        get_batch: Callable[[Iterator[Any]], Any] | None = None,
+        base_loss_func: Callable[..., Any] | None = None,
+        teacher: Any = None,
+    ) -> None:
+        self.config = config
+        self.get_batch = get_batch or next
+        self.base_loss_func = base_loss_func
+        self.teacher = teacher
+        self.runtime: Runtime | None = None
+        self.gradient_norms = False
+        """Whether to measure the dense and sparse gradient norms in logits: one more pass over the logits."""
+        self.metrics = Metrics()
+        """Per-token numbers of the micro-batches so far, last stage only; the online loop renews it every step."""
+        self.token_kl: list[Tensor] | None = None
+        """KL [n] of each micro-batch in order, where somebody asked for it by putting a list here."""
+
+    def __call__(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Output:
+        batch = self.get_batch(data_iterator)
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        if isinstance(batch, HybridMicrobatch):
+            return self._hybrid(batch, forward)
+        if self.config is None or self.base_loss_func is not None:
+            return self._stock(batch, forward)
+        return self._demonstration(batch, forward)
+
+    def _stock(self, batch: Any, forward: Any) -> Output:
+        tokens, labels, loss_mask, attention_mask, position_ids, *_ = batch
+        if self.base_loss_func is None:
+            raise ConfigError(
+                "hybrid is off and HybridForwardStep has no base_loss_func, so there is no loss to train on: pass the "
+                "script's own loss function as base_loss_func, or turn hybrid on with --hybrid."
+            )
+        output = forward(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+        return output, partial(self.base_loss_func, loss_mask)
+
+    def _hybrid(self, batch: HybridMicrobatch, forward: Any) -> Output:
+        output = forward(
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            output_processor=self._hybrid_output,
+            output_processor_context=batch,
+        )
+        return output, partial(_hybrid_loss, batch.count)
+
+    def _hybrid_output(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        scale_logits: Callable[[Tensor], Tensor],
+        context: HybridMicrobatch,
+        **_: Any,
+    ) -> Tensor:
+        """An `output_processor`: [s, b, h] to the loss per response token [n], scaled to its share of the count."""
+        config, runtime, batch = self._ready(), self._known(), context
+        hidden = select_rows(hidden_states, batch.token_rows)
+        student = head_logits(hidden, output_layer, output_weight, scale_logits)
+        teacher = batch.teacher.logits_of(batch.teacher.hidden) if batch.teacher is not None else None
+        weights: list[tuple[Tensor, Tensor]] = []
+
+        def weigh(stats: TokenStats) -> tuple[Tensor, Tensor]:
+            imitation, advantage = batch.weigh(stats)
+            weights.append((imitation, advantage))
+            return imitation * batch.token_scale, advantage * batch.token_scale
+
+        options: dict[str, Any] = {
+            "student_temperature": config.student_temperature,
+            "teacher_temperature": config.teacher_temperature,
+            "vocab_size": runtime.vocab_size,
+            "group": runtime.tp.group,
+            "teacher_logit_floor": config.teacher_logit_floor,
+            "ignore_index": None,
+        }
+        result = vocab_parallel_hybrid_loss(
+            student, teacher, batch.targets, weigh=weigh, inplace=torch.is_grad_enabled(), backend=config.backend, **options
+        )
+        (imitation, advantage), = weights
+        self._measure(batch, result, imitation, advantage)
+        if self.gradient_norms:
+            with torch.no_grad():
+                dense, sparse = logit_gradient_norms(student, teacher, batch.targets, imitation, advantage, **options)
+            self.metrics.mean("actor/grad_norm_dense", dense)
+            self.metrics.mean("actor/grad_norm_sparse", sparse)
+        return result.loss
+
+    def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
+        drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
+        metrics = self.metrics
+        metrics.mean("actor/kl_loss", result.kl)
+        metrics.mean("actor/pg_loss", -advantage * result.log_prob)
+        metrics.mean("actor/entropy", result.entropy)
+        metrics.spread("critic/advantages", advantage)
+        metrics.mean("training/rollout_probs_diff_mean", drift)
+        metrics.max("training/rollout_probs_diff_max", drift)
+        if self.token_kl is not None:
+            self.token_kl.append(result.kl)
+
+    def _demonstration(self, batch: Any, forward: Any) -> Output:
+        tokens, labels, loss_mask, attention_mask, position_ids, *_ = batch
+        output = forward(
+            tokens,
+            position_ids,
+            attention_mask,
+            output_processor=self._demonstration_output,
+            output_processor_context=(labels, loss_mask),
+        )
+        return output, partial(_demonstration_loss, loss_mask)
+
+    def _demonstration_output(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, context: Any, **_: Any
+    ) -> Tensor:
+        """An `output_processor`: cross-entropy per token [b, s], as Megatron's own, out of the hybrid op."""
+        labels, loss_mask = context
+        config, runtime = self._ready(), self._known()
+        logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
+        result = vocab_parallel_hybrid_loss(
+            scale_logits(logits),
+            None,
+            torch.where(loss_mask > 0, labels, IGNORED).T.contiguous(),
+            imitation_weight=0.0,
+            advantage=1.0,
+            vocab_size=runtime.vocab_size,
+            group=runtime.tp.group,
+            inplace=torch.is_grad_enabled(),
+            ignore_index=IGNORED,
+            backend=config.backend,
+        )
+        return result.loss.T.contiguous()
+
+    def _ready(self) -> HybridConfig:
+        if self.config is None:
+            raise AssertionError("a hybrid batch reached a forward step without a HybridConfig")
+        return self.config
+
+    def _known(self) -> Runtime:
+        if self.runtime is None:
+            from megatron_hybrid.mcore.groups import parallel_context
+            from megatron_hybrid.mcore.training import true_vocab_size
+
+            self.runtime = Runtime(tp=parallel_context().tp, vocab_size=true_vocab_size())
+        return self.runtime
+
+
+def _hybrid_loss(count: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's three-tuple: summed loss, what it is divided by in the end, and [sum, count] for its log."""
+    loss = output.sum()
+    # Megatron divides the loss in place under some settings, so the report has its own copy.
+    return loss, count, {"actor/loss": torch.stack([loss.detach().clone(), count.to(loss.dtype)])}
+
+
+def _demonstration_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(output.reshape(-1).float() * mask)
+    count = mask.sum().detach().int()
+    return loss, count, {"lm loss": torch.stack([loss.detach().clone(), count.to(loss.dtype)])}

@@ -1,0 +1,99 @@
+"""The one place where Megatron is wrapped: the schedule call and its log line, for the length of a block.
+
+`megatron.training` fetches its schedule with `get_forward_backward_func` and reports a step with `training_log`. Inside
+`injected(hooks)` both names in that one module lead through `Hooks`: rollouts and the teacher pass happen before a
+schedule call, and its micro-batches replace the data iterator. Calls with any other forward step pass through untouched,
+and both originals are put back on exit, whatever happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_hybrid.mcore.symbols import check_megatron
+
+
+@dataclass
+class ScheduleCall:
+    """One call of Megatron's schedule, by keyword, before it happens; hooks may change what it is given."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def forward_only(self) -> bool:
+        return bool(self.kwargs.get("forward_only", False))
+
+    @property
+    def model(self) -> list[Any]:
+        model = self.kwargs["model"]
+        return model if isinstance(model, list) else [model]
+
+    def feed(self, batches: list[Any], *, seq_length: int) -> None:
+        """Every chunk of this rank reads the same micro-batches, of `seq_length` positions each."""
+        iterators = [iter(batches) for _ in self.model]
+        single = not isinstance(self.kwargs["data_iterator"], list) and len(iterators) == 1
+        self.kwargs["data_iterator"] = iterators[0] if single else iterators
+        self.kwargs["seq_length"] = seq_length
+        if self.kwargs.get("decoder_seq_length") is not None:
+            self.kwargs["decoder_seq_length"] = seq_length
+        self.kwargs["num_microbatches"] = len(batches)
+
+
+class Hooks(Protocol):
+    """What the online loop does around Megatron's own step."""
+
+    forward_step: Any
+
+    def before_schedule(self, call: ScheduleCall) -> None:
+        """Collect, and feed the call."""
+
+    def after_schedule(self, call: ScheduleCall) -> None:
+        """The schedule is done; gradients are final (training) or untouched (evaluation)."""
+
+    def after_step(self, record: dict[str, Any]) -> None:
+        """The optimizer has stepped; `record` holds the arguments of Megatron's `training_log`."""
+
+
+@contextlib.contextmanager
+def injected(hooks: Hooks) -> Iterator[None]:
+    """Routes `megatron.training`'s schedule calls and step log through `hooks`.
+
+    Raises:
+        MegatronMismatch: the installed Megatron is not what this file knows; nothing has been changed then.
+    """
+    check_megatron()
+    training = importlib.import_module("megatron.training.training")
+    get_schedule, training_log = training.get_forward_backward_func, training.training_log
+    log_signature = inspect.signature(training_log)
+
+    def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return _wrap(get_schedule(*args, **kwargs), hooks)
+
+    def wrapped_log(*args: Any, **kwargs: Any) -> Any:
+        result = training_log(*args, **kwargs)
+        hooks.after_step(dict(log_signature.bind(*args, **kwargs).arguments))
+        return result
+
+    training.get_forward_backward_func, training.training_log = get_wrapped_schedule, wrapped_log
+    try:
+        yield
+    finally:
+        training.get_forward_backward_func, training.training_log = get_schedule, training_log
+
+
+def _wrap(schedule: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:
+    def call_schedule(**kwargs: Any) -> Any:
+        if kwargs.get("forward_step_func") is not hooks.forward_step:
+            return schedule(**kwargs)
+        call = ScheduleCall(kwargs)
+        hooks.before_schedule(call)
+        result = schedule(**call.kwargs)
+        hooks.after_schedule(call)
+        return result
+
+    return call_schedule

@@ -1,0 +1,277 @@
+"""`pretrain_hybrid`: `megatron.training.pretrain` with the online step around its schedule call.
+
+Takes whatever the installed `pretrain` takes, in its own order, and finds the forward step and the dataset provider in
+it by name. Without `--hybrid` the call goes straight through. With it, everything that can be wrong with the settings,
+the prompts and the teacher is found out before Megatron builds a model (`prepare`); the stages that need Megatron's
+process groups are made when it asks for its data, which is after the model and before the first step (`_build_loop`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
+from megatron_hybrid.config import HybridConfig, OnlineConfig, as_dict
+from megatron_hybrid.errors import ConfigError, DataError
+from megatron_hybrid.mcore.symbols import borrow, check_megatron
+from megatron_hybrid.prompts.sources import open_sources
+from megatron_hybrid.prompts.stream import PromptStream
+from megatron_hybrid.prompts.template import PromptTemplate
+from megatron_hybrid.rewards.by_source import default_rubric
+from megatron_hybrid.rewards.rubric import Rubric
+from megatron_hybrid.schedule.forward_step import HybridForwardStep
+from megatron_hybrid.schedule.inject import injected
+from megatron_hybrid.train.loop import OnlineLoop
+from megatron_hybrid.train.report import RunReport
+
+_PROBED_QUESTIONS = 256
+"""Questions of an endless source looked at to learn its tasks: sources mix their tasks evenly."""
+
+
+def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
+    """A drop-in around `megatron.training.pretrain`, whatever the signature of the installed version.
+
+    The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online: the dataset
+    provider passed in is not asked, micro-batches come from rollouts. With `--hybrid` alone the script's own data is
+    trained through the hybrid op. Without `--hybrid` this is `pretrain` itself.
+
+    Raises:
+        ConfigError, DataError: settings, prompts or teacher are unusable; no model has been built then.
+        MegatronMismatch: the installed Megatron lacks something that is borrowed; names it.
+    """
+    pretrain = borrow("megatron.training.training", "pretrain")
+    arguments = borrow("megatron.training", "get_args")()
+    if not getattr(arguments, "hybrid", False):
+        return pretrain(*args, **kwargs)
+
+    check_megatron()
+    call = inspect.signature(pretrain).bind(*args, **kwargs)
+    forward_step = call.arguments.get("forward_step_func")
+    if not isinstance(forward_step, HybridForwardStep):
+        raise ConfigError(
+            f"--hybrid is on, but forward_step_func is {type(forward_step).__name__}: the hybrid loss lives in "
+            "HybridForwardStep. Pass HybridForwardStep(get_batch=..., base_loss_func=...) instead of the function."
+        )
+    from megatron_hybrid.mcore.training import refuse_unsupported
+
+    refuse_unsupported(arguments)
+    forward_step.config = HybridConfig.from_args(arguments)
+    online = OnlineConfig.from_args(arguments)
+    if online.prompts is None:
+        return pretrain(*args, **kwargs)
+
+    prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
+    arguments.dataloader_type = "external"  # iterators are handed over as they are
+    with ExitStack() as stack:
+        provider = _provider(stack, prepared, arguments, forward_step)
+        call.arguments["train_valid_test_dataset_provider"] = provider
+        result = pretrain(*call.args, **call.kwargs)
+        report = provider.report
+        if report is not None:
+            report.finish()
+    return result
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known before Megatron starts."""
+
+    config: HybridConfig
+    online: OnlineConfig
+    tokenizer: Any
+    prompts: PromptStream
+    eval_prompts: PromptStream
+    rubric: Rubric
+    tasks: tuple[str, ...]
+    teacher_args: dict[str, Any] | None
+
+
+def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
+    """Opens prompts, tokenizer and the teacher's arguments, and holds them against each other.
+
+    Raises:
+        ConfigError, DataError: see the messages; nothing has been built or written.
+    """
+    per_replica = args.global_batch_size // args.data_parallel_size
+    if per_replica % config.group_size:
+        raise ConfigError(
+            f"--global-batch-size {args.global_batch_size} over {args.data_parallel_size} data-parallel replicas is "
+            f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not be "
+            "split. Change one of the three."
+        )
+    room = args.seq_length - online.max_response_length
+    if room < 1:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} leaves no room to answer: responses may have "
+            f"{online.max_response_length} tokens (--hybrid-max-response-length), which leaves {room} for the prompt. "
+            "Raise one or lower the other."
+        )
+    if config.imitation_weight > 0 and online.teacher_load is None and not has_teacher:
+        raise ConfigError(
+            f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
+            "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
+        )
+    if config.imitation_weight == 0 and online.teacher_load is not None:
+        # Its KL is still reported; training cost is one forward pass of the teacher.
+        pass
+    tokenizer = _load_tokenizer(args)
+    teacher_args = _teacher_args(online.teacher_load, tokenizer) if online.teacher_load else None
+
+    num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
+    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
+    if held_out is None:
+        if num_eval:
+            raise ConfigError(
+                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
+                "--hybrid-eval-prompts another file, or set --eval-iters 0."
+            )
+        held_out = training
+    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt)
+    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=room) for s in (training, held_out)]
+    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
+    return Prepared(
+        config=config,
+        online=online,
+        tokenizer=tokenizer,
+        prompts=streams[0],
+        eval_prompts=streams[1],
+        rubric=default_rubric(),
+        tasks=tuple(sorted(tasks)),
+        teacher_args=teacher_args,
+    )
+
+
+def _load_tokenizer(args: Namespace) -> Any:
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        raise ConfigError(
+            f"--tokenizer-type is {args.tokenizer_type}: online prompts need a chat template and an end-of-sequence "
+            "token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer in {args.tokenizer_model} has no end-of-sequence token: a response could never end. Set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
+    """The teacher's stored arguments, once its token ids are known to mean what the student's mean."""
+    from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
+
+    stored = load_megatron_args(checkpoint)
+    if stored.get("vocab_size") not in (None, len(tokenizer)):
+        raise DataError(
+            f"the teacher in {checkpoint} has a vocabulary of {stored['vocab_size']} tokens, the student's tokenizer "
+            f"{len(tokenizer)}: their distributions cannot be compared token by token. Use a teacher with the student's "
+            "tokenizer."
+        )
+    theirs = stored.get("hybrid_tokenizer_fingerprint")
+    if theirs is None and stored.get("tokenizer_type") == "HuggingFaceTokenizer":
+        from transformers import AutoTokenizer
+
+        theirs = tokenizer_fingerprint(AutoTokenizer.from_pretrained(stored["tokenizer_model"]))
+    if theirs is not None and theirs != tokenizer_fingerprint(tokenizer):
+        raise DataError(
+            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}) of the same "
+            "size: the same id means different tokens, so imitation would teach noise. Use a teacher with the student's "
+            "tokenizer."
+        )
+    return stored
+
+
+class _Provider:
+    """What Megatron calls a dataset provider: asked once per model chunk, after the model is built."""
+
+    is_distributed = True
+    """Megatron asks every rank, not only the first of each tensor-parallel group."""
+
+    def __init__(self, build: Callable[[], OnlineLoop]) -> None:
+        self._build = build
+        self._loop: OnlineLoop | None = None
+
+    def __call__(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        if self._loop is None:
+            self._loop = self._build()
+        # The schedule is fed by the loop; these stand for data that exists.
+        return iter(()), iter(()), None
+
+    @property
+    def report(self) -> RunReport | None:
+        return self._loop.report if self._loop is not None else None
+
+
+def _provider(stack: ExitStack, prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> _Provider:
+    def build() -> OnlineLoop:
+        loop = _build_loop(prepared, args, forward_step)
+        stack.enter_context(injected(loop))
+        return loop
+
+    return _Provider(build)
+
+
+def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> OnlineLoop:
+    from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.teachers.frozen import FrozenTeacher
+
+    config, online, tokenizer = prepared.config, prepared.online, prepared.tokenizer
+    parallel = parallel_context()
+    teacher = forward_step.teacher
+    if teacher is None and prepared.teacher_args is not None:
+        assert online.teacher_load is not None
+        teacher = FrozenTeacher(online.teacher_load, prepared.teacher_args, parallel)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    sampler = Sampler(
+        parallel=parallel,
+        device=device,
+        vocab_size=len(tokenizer),
+        stop_ids=frozenset({tokenizer.eos_token_id}),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        temperature=config.student_temperature,
+        max_response_length=online.max_response_length,
+        batch_size=online.rollout_batch_size,
+    )
+    return OnlineLoop(
+        args=args,
+        config=config,
+        forward_step=forward_step,
+        parallel=parallel,
+        prompts=prepared.prompts,
+        eval_prompts=prepared.eval_prompts,
+        sampler=sampler,
+        rubric=prepared.rubric,
+        teacher=teacher,
+        tasks=prepared.tasks,
+        report=_open_report(prepared, args),
+        samples_interval=online.samples_interval,
+    )
+
+
+def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:
+    """The report of the rank where Megatron keeps its own writers: the last."""
+    if dist.get_rank() != dist.get_world_size() - 1:
+        return None
+    from megatron_hybrid.mcore.training import get_tensorboard_writer, get_wandb_writer
+
+    report = RunReport(
+        prepared.online.run_dir,
+        total_steps=args.train_iters,
+        tensorboard=get_tensorboard_writer(),
+        wandb=get_wandb_writer(),
+        start_step=args.iteration,
+    )
+    resolved = {"hybrid": as_dict(prepared.config), "online": as_dict(prepared.online), "tasks": list(prepared.tasks)}
+    report.config({**resolved, "megatron": {name: value for name, value in sorted(vars(args).items())}})
+    return report

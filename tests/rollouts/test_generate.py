@@ -1,0 +1,108 @@
+"""Decoding with Megatron's KV cache: right log-probs, the same responses on every layout, stops where it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hybrid.records import Prompt
+
+PROMPTS = ((5, 7, 9), (11, 3), (2, 4, 6, 8, 10), (1, 1, 1))
+LAYOUTS = [
+    pytest.param(1, {}, id="one rank"),
+    pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP 2"),
+    pytest.param(2, {"pipeline_model_parallel_size": 2}, id="PP 2"),
+    pytest.param(
+        2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}, id="PP 2 interleaved"
+    ),
+]
+
+
+def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.mcore.model import head_logits, pipeline_forward
+    from megatron_hybrid.rollouts.generate import Sampler
+    from tests.tiny import megatron, set_weights, start
+
+    with megatron(**overrides) as args:
+        model = start(args)
+        set_weights(model)
+        parallel = parallel_context()
+        sampler = Sampler(
+            parallel=parallel,
+            device=torch.device("cpu"),
+            vocab_size=61,
+            stop_ids=frozenset(stop),
+            decode=lambda ids: " ".join(map(str, ids)),
+            temperature=0.7,
+            max_response_length=12,
+            batch_size=batch_size,
+        )
+        prompts = [Prompt(i, ids, "", "task") for i, ids in enumerate(PROMPTS)]
+        rollouts = sampler.sample(model, prompts, 3, step=5, seed=1)
+
+        def all_logits(*, hidden_states: Any, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any) -> Any:
+            s, b, h = hidden_states.shape
+            flat = head_logits(hidden_states.reshape(s * b, h), output_layer, output_weight, scale_logits)
+            return flat.view(s, b, -1)
+
+        tokens = rollouts.tokens
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        with torch.no_grad():
+            logits = pipeline_forward(model, tokens, positions, parallel=parallel, output_processor=all_logits)
+        full = None
+        if logits is not None:
+            shards = [torch.empty_like(logits) for _ in range(parallel.tp.size)]
+            if parallel.tp.size > 1:
+                torch.distributed.all_gather(shards, logits.contiguous(), group=parallel.tp.group)
+                logits = torch.cat(shards, dim=-1)
+            log_probs = torch.log_softmax(logits[..., :61].double() / 0.7, dim=-1)
+            full = torch.zeros(tokens.shape, dtype=torch.float64)
+            full[:, 1:] = log_probs[:-1].transpose(0, 1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        return {
+            "tokens": tokens,
+            "mask": rollouts.response_mask,
+            "sampled": rollouts.sampled_logprobs,
+            "full": full,
+            "truncated": rollouts.truncated,
+            "responses": rollouts.responses,
+        }
+
+
+@pytest.mark.parametrize(("size", "overrides"), LAYOUTS)
+def test_cached_decoding_gives_the_log_probs_of_a_full_forward(rank_pool, size, overrides):
+    last = rank_pool(size, init=False).run(job, overrides)[-1]
+    mask = last["mask"]
+    assert mask.any(dim=1).all()
+    # fp32 attention over a cache and over the whole sequence sum in another order: 1e-6 relative to logits of order 10.
+    torch.testing.assert_close(last["sampled"][mask].double(), last["full"][mask], rtol=0, atol=2e-5)
+
+
+def test_responses_are_the_same_on_every_layout_and_batch_size(rank_pool):
+    reference = rank_pool(1, init=False).run(job, {})[0]
+    waves = rank_pool(1, init=False).run(job, {}, batch_size=5)[0]
+    assert torch.equal(reference["tokens"], waves["tokens"])
+    for overrides in (p.values[1] for p in LAYOUTS[1:]):
+        for rank in rank_pool(2, init=False).run(job, overrides):
+            assert torch.equal(reference["tokens"], rank["tokens"]), overrides
+
+
+def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(rank_pool):
+    result = rank_pool(1, init=False).run(job, {}, stop=tuple(range(0, 61, 4)))[0]
+    lengths = result["mask"].sum(dim=1)
+    for row, truncated in enumerate(result["truncated"]):
+        response = result["tokens"][row][result["mask"][row]].tolist()
+        assert all(token % 4 for token in response[:-1])
+        assert (response[-1] % 4 == 0) != truncated
+        assert not truncated or lengths[row] == 12
+        assert result["tokens"][row, : len(PROMPTS[row // 3])].tolist() == list(PROMPTS[row // 3])
+    assert not all(result["truncated"])
+
+
+def test_samples_of_a_group_differ_and_can_be_drawn_again(rank_pool):
+    first = rank_pool(1, init=False).run(job, {})[0]
+    again = rank_pool(1, init=False).run(job, {})[0]
+    assert first["responses"] == again["responses"]
+    assert len(set(first["responses"])) > 6
