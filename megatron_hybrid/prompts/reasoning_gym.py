@@ -59,11 +59,13 @@ VETTED = {
         TaskSetting("letter_counting", {"min_words": 1, "max_words": 1}, worked_examples=1),
         TaskSetting("spell_backward", {"min_word_len": 3, "max_word_len": 4}, worked_examples=1),
         TaskSetting("syllogism", {}, worked_examples=1),
+        TaskSetting("time_intervals", {"task_types": ["date"], "max_date_difference_days": 30}, worked_examples=1),
     )
 }
-"""Settings that SmolLM2-135M-Instruct solves now and then at temperature 1 (mean score 0.08 to 0.44), with a few hundred
-different questions or more, so that holding some out leaves enough. Without a worked example it talks past the question
-and scores 0.00 to 0.10 on the same tasks; with one it answers in 1 to 7 tokens. Sums and products stay below 0.06."""
+"""Settings that SmolLM2-135M-Instruct solves now and then at temperature 1 (mean score 0.08 to 0.44), each with some
+hundred different questions or more, so that holding some out leaves enough. Without a worked example it talks past the
+question and scores 0.00 to 0.11; with one it answers in 1 to 7 tokens. Sums and products of two digits stay below 0.06.
+"""
 
 
 def parse_tasks(spec: str) -> tuple[TaskSetting, ...]:
@@ -87,10 +89,11 @@ def parse_tasks(spec: str) -> tuple[TaskSetting, ...]:
 def _setting(node: ast.expr) -> TaskSetting:
     name, keywords = (node.func, node.keywords) if isinstance(node, ast.Call) else (node, [])
     source = ast.unparse(node)
-    if not isinstance(name, ast.Name) or (isinstance(node, ast.Call) and node.args):
+    unnamed = isinstance(node, ast.Call) and (node.args or any(keyword.arg is None for keyword in keywords))
+    if not isinstance(name, ast.Name) or unnamed:
         raise ConfigError(f"expected a task name, or task(parameter=value, ...), got {source!r}.")
     try:
-        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords if keyword.arg}
+        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
     except ValueError as error:
         raise ConfigError(
             f"{source!r}: parameters must be plain values (numbers, quoted strings, True, None, lists), got {error}."

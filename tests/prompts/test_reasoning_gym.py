@@ -33,6 +33,7 @@ def test_parameters_are_laid_over_the_vetted_setting():
         ("", "expected tasks like"),
         ("chain_sum,,gcd", "expected tasks like"),
         ("chain_sum(2)", "expected a task name, or"),
+        ("chain_sum(**{})", "expected a task name, or"),
         ("'chain_sum'", "expected a task name, or"),
         ("chain_sum(max_terms=open('x'))", "must be plain values"),
         ("chain_sum(worked_examples=-1)", "whole number >= 0"),
@@ -122,6 +123,17 @@ def test_worked_examples_are_solved_distinct_and_neither_the_question_nor_held_o
         assert len({question.text, *asked}) == 3
         assert not texts & set(asked)
         assert all(text.endswith(answer[::-1]) for text, answer in question.examples)
+
+
+def test_a_question_of_a_tiny_task_is_never_its_own_example():
+    source = ReasoningGymSource([TaskSetting("count_bits", {"max_n": 3}, worked_examples=2)])  # three questions in all
+    for question in map(source.item, range(20)):
+        assert len({question.text, *(text for text, _ in question.examples)}) == 3
+
+
+def test_every_vetted_setting_is_accepted():
+    source = ReasoningGymSource(list(VETTED.values()))
+    assert all(len(source.item(i).examples) == 1 for i in range(len(VETTED)))
 
 
 def test_a_task_that_prepares_its_questions_still_gives_any_index():
