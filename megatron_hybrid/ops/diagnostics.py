@@ -2,7 +2,7 @@
 
     dense_sq   | beta p (d - k) / T |^2        sparse_sq   | A (p - onehot(y)) / T |^2
 
-On request only, outside the op: two reads of each shard, two collectives ([n, 8] and [n, 2] gathered), no gradient.
+On request only, outside the op: two reads of each shard, two collectives ([n, 8] and [n, 3] gathered), no gradient.
 """
 
 import torch
@@ -54,28 +54,29 @@ def logit_gradient_norms(
     student, teacher = rows_of(student_logits), None if teacher_logits is None else rows_of(teacher_logits)
     merged = merged_stats(eager, student, teacher, call)
     squares = _shard_squares(student, teacher, call, merged)
-    dense, others = (sum_over_ranks(squares, call.group) if len(squares) else squares).unbind(-1)
+    dense, others_sq, others = (sum_over_ranks(squares, call.group) if len(squares) else squares).unbind(-1)
     kl = merged.stats.kl
     dense = torch.where((kl == torch.inf) | (imitation == 0), 0.0, imitation.square() * (dense + 0 * kl))
-    # 1 - p(y) from its logarithm: where p(y) is nearly 1 the norm is small and 1 - p would round it away.
-    sparse = credit.square() * (others + merged.stats.log_prob.expm1().square())
+    # 1 - p(y) is what the others have: where p(y) is nearly 1 the norm is small, and a difference would round it away.
+    sparse = credit.square() * (others_sq + others.square())
     return call.restored(dense), call.restored(sparse)
 
 
 def _shard_squares(student: Tensor, teacher: Tensor | None, call: Call, merged: Merged) -> Tensor:
-    """This rank's part of sum_v (p (d - k))^2 and of sum_{v != y} p^2, [n, 2] fp32."""
+    """This rank's part of sum_v (p (d - k))^2, sum_{v != y} p^2 and sum_{v != y} p, [n, 3] fp32."""
     width = call.shard.width
-    squares = student.new_zeros((len(call.target), 2), dtype=torch.float32)
+    squares = student.new_zeros((len(call.target), 3), dtype=torch.float32)
     per_row = torch.stack((merged.m_z, merged.m_w, merged.mean_difference, merged.s_z), dim=-1)
     blocks = eager.row_blocks(len(call.target), width, student)
-    z_buffer, d_buffer = eager.block_buffers(2, blocks, width, student)
+    buffers = eager.block_buffers(3, blocks, width, student)
     for start, stop in blocks:
-        p, d = z_buffer[: stop - start], d_buffer[: stop - start]
+        p, d, spare = (buffer[: stop - start] for buffer in buffers)
         m_z, m_w, k, s_z = per_row[start:stop].split(1, dim=-1)
-        eager.centred_difference(p, d, student, teacher, call, start, m_z, m_w)
+        eager.centred_difference(p, d, spare, student, teacher, call, start, m_z, m_w, k)
         p.exp_().div_(s_z)
-        squares[start:stop, 0] = d.sub_(k).mul_(p).square_().sum(-1)
+        squares[start:stop, 0] = d.mul_(p).square_().sum(-1)
         column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
         p.scatter_(1, column, torch.where(here, 0.0, p.gather(1, column)))
+        squares[start:stop, 2] = p.sum(-1)
         squares[start:stop, 1] = p.square_().sum(-1)
     return squares

@@ -5,25 +5,25 @@ z, w are student and teacher logits over their temperatures, e = exp(z - m_z), d
     stats     m_z, s_z = sum e, m_w, s_w = sum exp(w - m_w), A = sum e d, B = sum e (z - m_z), z_y, w_y      8 per token
     gradient  e * (a (d - k) + b) - c onehot(y)      with the whole vocabulary's m_z, m_w; k, a, b, c from `function.py`
 
-Each pass reads a shard once, in blocks of rows that stay in cache, with two or three fp32 buffers of one block's size.
+Each pass reads a shard once, in blocks of rows that stay in cache, with three or four fp32 buffers of one block's size.
 Statistics are fp32 whatever the logits are; the gradient is rounded once, into the logits' dtype. No collective.
 
-Subtracting the maximum before the temperature is exact near the maximum, so an offset of the logits costs no digits;
-k is subtracted from d before anything else, because where p is nearly 1 they are nearly equal and large. -inf needs no
+Subtracting before dividing by the temperature is exact near the maximum, so an offset of the logits costs no digits; k
+is subtracted from d before anything else, because where p is nearly 1 they are nearly equal and large. -inf needs no
 special case in the stats: 0 * inf is NaN and `nansum` skips it, while a true NaN stays visible in s_z and s_w.
 """
 
 import torch
 from torch import Tensor
 
-from megatron_hybrid.ops.call import Call
+from megatron_hybrid.ops.call import Call, Shard
 
 NUM_STATS = 8
 """m_z, s_z, m_w, s_w, A, B, z_y, w_y; maxima and target logits in raw units, before the temperature."""
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 19}
-"""Elements of a block by kind of device. CPU: 2 MB per buffer, so that three stay in the last-level cache; measured
-flat from 2**18 to 2**20, with Python's overhead showing below and memory traffic above."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+"""Elements of a block by kind of device. CPU: 1 MB per buffer, so that all stay in the last-level cache; measured
+flat from 2**17 to 2**20, with Python's overhead showing below and memory traffic above."""
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 """64 MB per buffer: an accelerator wants few, large launches."""
 
@@ -32,6 +32,11 @@ _LOWEST = torch.finfo(torch.float32).min
 _FAR = 1e20
 """Stands for infinity in the gradient pass, where a probability of 0 (or a weight of 0) multiplies it: finite, so that
 the product is 0; far below fp32's 3e38, so that a loss scale of 2**32 cannot lift it there."""
+_STEPS = 1024
+"""Steps per unit of logit, see `_difference`: coarser than the last bit of logits up to 2**13, so a shift is exact; the
+rest of up to 1/2048 costs no digits of differences of that size or more."""
+_MOST_SHIFT = 2.0**20
+"""Beyond it fp32 has no digits below the steps, and a shard that is all -inf has its maximum at -3e38."""
 
 
 def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
@@ -43,23 +48,25 @@ def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
     stats = torch.zeros((n, NUM_STATS), dtype=torch.float32, device=student.device)
     stats[:, 0:3:2] = _LOWEST
     blocks = row_blocks(n, shard.width, student)
-    z_buffer, w_buffer, e_buffer = block_buffers(3, blocks, shard.width, student)
+    z_buffer, w_buffer, d_buffer, e_buffer = block_buffers(4, blocks, shard.width, student)
     for start, stop in blocks:
-        z, w, e = (buffer[: stop - start] for buffer in (z_buffer, w_buffer, e_buffer))
+        z, w, d, e = (buffer[: stop - start] for buffer in (z_buffer, w_buffer, d_buffer, e_buffer))
         column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
-        m_z, z_y = _centre(z, _block(student, call, start, stop), column, shard.student_scale)
+        student_raw = _raw(z, _block(student, call, start, stop))
+        m_z, z_y = _maximum(student_raw), torch.where(here, student_raw.gather(1, column), 0.0)
         m_w = w_y = torch.zeros_like(m_z)
-        s_w = a = m_z.new_zeros(stop - start)
+        s_w = a = torch.zeros_like(m_z)
         if teacher is not None:
-            m_w, w_y = _centre(w, _block(teacher, call, start, stop), column, shard.teacher_scale, shard.teacher_floor)
-            s_w = torch.exp(w, out=e).sum(-1)
-            torch.sub(z, w, out=w)
-        s_z = torch.exp(z, out=e).sum(-1)
+            teacher_raw = _raw(w, _block(teacher, call, start, stop), shard.teacher_floor)
+            m_w, w_y = _maximum(teacher_raw), torch.where(here, teacher_raw.gather(1, column), 0.0)
+            rest = _difference(d, e, student_raw, teacher_raw, m_z, m_w, shard)
+            s_w = _scaled(torch.sub(teacher_raw, m_w, out=w), shard.teacher_scale).exp_().sum(-1, keepdim=True)
+        _scaled(torch.sub(student_raw, m_z, out=z), shard.student_scale)
+        s_z = torch.exp(z, out=e).sum(-1, keepdim=True)
         if teacher is not None:
-            a = w.mul_(e).nansum(-1)
-        b = z.mul_(e).nansum(-1)
-        z_y, w_y = (torch.where(here, value, 0.0).squeeze(1) for value in (z_y, w_y))
-        stats[start:stop] = torch.stack((m_z.squeeze(1), s_z, m_w.squeeze(1), s_w, a, b, z_y, w_y), dim=-1)
+            a = d.mul_(e).nansum(-1, keepdim=True) - rest * s_z
+        b = z.mul_(e).nansum(-1, keepdim=True)
+        stats[start:stop] = torch.cat((m_z, s_z, m_w, s_w, a, b, z_y, w_y), dim=-1)
     return stats
 
 
@@ -73,12 +80,12 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
     shard, n = call.shard, len(call.target)
     out[:, shard.width :] = 0
     blocks = row_blocks(n, shard.width, student)
-    z_buffer, d_buffer = block_buffers(2, blocks, shard.width, student)
+    z_buffer, d_buffer, spare_buffer = block_buffers(3, blocks, shard.width, student)
     for start, stop in blocks:
-        z, d = z_buffer[: stop - start], d_buffer[: stop - start]
+        z, d, spare = (buffer[: stop - start] for buffer in (z_buffer, d_buffer, spare_buffer))
         m_z, m_w, k, a, b, c = coefficients[start:stop].split(1, dim=-1)
-        centred_difference(z, d, student, teacher, call, start, m_z, m_w)
-        gradient = d.sub_(k).mul_(a).add_(b).mul_(z.exp_())
+        centred_difference(z, d, spare, student, teacher, call, start, m_z, m_w, k)
+        gradient = d.mul_(a).add_(b).mul_(z.exp_())
         column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
         gradient.scatter_add_(1, column, torch.where(here, -c, 0.0))
         if call.rows is None:
@@ -91,20 +98,63 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
 
 
 def centred_difference(
-    z: Tensor, d: Tensor, student: Tensor, teacher: Tensor | None, call: Call, start: int, m_z: Tensor, m_w: Tensor
+    z: Tensor,
+    d: Tensor,
+    spare: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    call: Call,
+    start: int,
+    m_z: Tensor,
+    m_w: Tensor,
+    k: Tensor,
 ) -> None:
-    """Fills z [r, width] with (z - m_z) and d with (z - m_z) - (w - m_w), both finite; counted rows from `start`.
+    """Fills z [r, width] with (z - m_z) and d with (z - m_z) - (w - m_w) - k, for the counted rows from `start`.
 
-    Without a teacher d is 0. Infinities become +-1e20, which a probability or a weight of exactly 0 multiplies later.
+    d is finite: infinities become +-1e20, which a probability or a weight of exactly 0 multiplies later. Without a
+    teacher d is 0.
     """
     shard, stop = call.shard, start + len(z)
-    _subtract(z, _block(student, call, start, stop), m_z, shard.student_scale)
-    z.clamp_(min=-_FAR)
+    student_raw = _raw(z, _block(student, call, start, stop))
     if teacher is None:
         d.zero_()
-        return
-    _subtract(d, _block(teacher, call, start, stop), m_w, shard.teacher_scale, shard.teacher_floor)
-    torch.sub(z, d, out=d).clamp_(min=-_FAR, max=_FAR)
+    else:
+        teacher_raw = _raw(d, _block(teacher, call, start, stop), shard.teacher_floor)
+        rest = _difference(d, spare, student_raw, teacher_raw, m_z, m_w, shard, lowest=-_FAR)
+        d.clamp_(min=-_FAR, max=_FAR).sub_(rest + k)
+    _scaled(torch.sub(student_raw, m_z, out=z), shard.student_scale)
+
+
+def _difference(
+    d: Tensor,
+    spare: Tensor,
+    student_raw: Tensor,
+    teacher_raw: Tensor,
+    m_z: Tensor,
+    m_w: Tensor,
+    shard: Shard,
+    lowest: float | None = None,
+) -> Tensor:
+    """Fills d with (z - m_z) - (w - m_w) + rest and returns rest [r, 1], a small constant of each row.
+
+    Close logits z and w subtract without any error, but not after each was rounded to its distance from the maximum:
+    at a KL of 1e-6 that rounding is 1e-4 of d. So no more is taken off than brings the two maxima together, in steps
+    coarse enough to be exact, and off the one that is farther from 0; what the steps leave is the rest.
+
+    lowest  raises the student's side (-inf), so that two -inf do not make a NaN
+    """
+    ratio = shard.teacher_scale / shard.student_scale
+    c_z, c_w = m_z, m_w
+    if ratio == 1:
+        step = (m_z - m_w).clamp(-_MOST_SHIFT, _MOST_SHIFT).mul_(_STEPS).round_().div_(_STEPS)
+        student_is_farther = m_z.abs() >= m_w.abs()
+        c_z, c_w = torch.where(student_is_farther, step, 0.0), torch.where(student_is_farther, 0.0, -step)
+    _scaled(torch.sub(teacher_raw, c_w, out=d), ratio)
+    torch.sub(student_raw, c_z, out=spare)
+    if lowest is not None:
+        spare.clamp_(min=lowest)
+    _scaled(torch.sub(spare, d, out=d), shard.student_scale)
+    return ((m_z - c_z) - (m_w - c_w) * ratio) * shard.student_scale
 
 
 def row_blocks(n: int, width: int, like: Tensor) -> list[tuple[int, int]]:
@@ -127,25 +177,17 @@ def _block(logits: Tensor, call: Call, start: int, stop: int) -> Tensor:
     return columns[start:stop] if call.rows is None else columns.index_select(0, call.rows[start:stop])
 
 
-def _centre(
-    out: Tensor, block: Tensor, column: Tensor, scale: float, floor: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Fills out [r, width] with (block - its row maximum) * scale; returns it and the value at `column` [r, 1]."""
-    raw = _raw(out, block, floor)
-    at_column = raw.gather(1, column)
-    maximum = raw.amax(-1, keepdim=True).clamp_(min=_LOWEST)
-    _subtract(out, raw, maximum, scale)
-    return maximum, at_column
-
-
-def _subtract(out: Tensor, block: Tensor, maximum: Tensor, scale: float, floor: float | None = None) -> None:
-    """Fills out [r, width] with (block - maximum) * scale in fp32."""
-    torch.sub(_raw(out, block, floor), maximum, out=out)
-    if scale != 1:
-        out.mul_(scale)
-
-
-def _raw(out: Tensor, block: Tensor, floor: float | None) -> Tensor:
+def _raw(out: Tensor, block: Tensor, floor: float | None = None) -> Tensor:
     """The block in fp32, raised to the floor: itself where nothing is to be done, else in `out`."""
     raw = block if block.dtype == torch.float32 else out.copy_(block)
     return raw if floor is None else torch.clamp(raw, min=floor, out=out)
+
+
+def _maximum(raw: Tensor) -> Tensor:
+    """Row maxima [r, 1], finite even where all is -inf."""
+    return raw.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    """values * scale, in place."""
+    return values if scale == 1 else values.mul_(scale)

@@ -51,20 +51,22 @@ def merge_shards(gathered: Tensor, shard: Shard, *, has_teacher: bool) -> Merged
     """The ranks' statistics [tp, n, 8] (order of `eager.NUM_STATS`) to those of the whole vocabulary."""
     m_z_r, s_z_r, m_w_r, s_w_r, a_r, b_r, z_y_r, w_y_r = gathered.unbind(-1)
     m_z, m_w = m_z_r.amax(0), m_w_r.amax(0)
-    z_shift, w_shift = (m_z_r - m_z) * shard.student_scale, (m_w_r - m_w) * shard.teacher_scale
-    z_factor = z_shift.exp()
+    # A few numbers per token in float64: where student and teacher are close, so are the two shifts.
+    z_shift = (m_z_r.double() - m_z) * shard.student_scale
+    w_shift = (m_w_r.double() - m_w) * shard.teacher_scale
+    z_factor = z_shift.float().exp()
 
     def rescaled(moment: Tensor, shift: Tensor) -> Tensor:
         # A rank whose mass underflows adds nothing, even where its own moment is infinite.
-        return torch.where(z_factor == 0, 0.0, z_factor * (moment + shift * s_z_r)).sum(0)
+        return torch.where(z_factor == 0, 0.0, z_factor * (moment + shift.float() * s_z_r)).sum(0)
 
-    s_z, s_w = (z_factor * s_z_r).sum(0), (w_shift.exp() * s_w_r).sum(0)
-    mean_difference = rescaled(a_r, z_shift - w_shift) / s_z
+    s_z, s_w = (z_factor * s_z_r).sum(0), (w_shift.float().exp() * s_w_r).sum(0)
     log_s_z = s_z.log()
     entropy = log_s_z - rescaled(b_r, z_shift) / s_z
     log_prob = (z_y_r.sum(0) - m_z) * shard.student_scale - log_s_z
-    kl, teacher_log_prob = torch.zeros_like(log_prob), torch.zeros_like(log_prob)
+    kl, teacher_log_prob, mean_difference = (torch.zeros_like(log_prob) for _ in range(3))
     if has_teacher:
+        mean_difference = rescaled(a_r, z_shift - w_shift) / s_z
         # The log of the ratio, not the difference of the logs: a KL near 0 keeps its digits.
         kl = torch.where(mean_difference == torch.inf, torch.inf, mean_difference + (s_w / s_z).log())
         teacher_log_prob = (w_y_r.sum(0) - m_w) * shard.teacher_scale - s_w.log()

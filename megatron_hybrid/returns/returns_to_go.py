@@ -4,7 +4,7 @@
 
 costs [b, s] -> C [b, s]. The immediate cost is left out because the op's dense term already differentiates it exactly.
 A doubling scan: after round j every position holds the sum over the next 2**j of them, so log2(s) rounds of a few
-tensor operations, and no division by gamma**t that would overflow. No collective: context parallelism is refused, see below.
+tensor operations, and no division by gamma**t that would overflow. No collective: context parallelism is refused.
 """
 
 import torch

@@ -1,0 +1,80 @@
+"""Rehearsal of a GPU without one: fake tensors on 'cuda:0' raise where a tensor is made on, or mixed with, the CPU.
+
+Also what proves that no value is read back: a fake tensor has none, so `.item()`, `nonzero` and `if tensor` raise.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
+from megatron_hybrid.ops.diagnostics import logit_gradient_norms
+from megatron_hybrid.ops.function import HybridLossFunction
+from megatron_hybrid.returns.returns_to_go import cost_to_go
+from megatron_hybrid.returns.weights import make_weigh
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _fake() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+def credit(future_cost: str = "closed_form"):
+    return make_weigh(
+        reward_advantage=torch.randn(2, device=GPU),
+        row_of_token=torch.zeros(6, dtype=torch.long, device=GPU),
+        position_of_token=torch.zeros(6, dtype=torch.long, device=GPU),
+        num_positions=9,
+        discount=0.9,
+        future_cost=future_cost,
+        reward_weight=1.0,
+        imitation_weight=1.0,
+        token_scale=torch.ones(6, device=GPU),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("with_teacher", [True, False])
+@pytest.mark.parametrize("future_cost", ["closed_form", "sampled"])
+def test_forward_and_backward_stay_on_the_device(dtype, inplace, with_teacher, future_cost):
+    student = torch.randn(6, 50, device=GPU, dtype=dtype).requires_grad_()
+    teacher = torch.randn(6, 50, device=GPU, dtype=dtype) if with_teacher else None
+    target = torch.zeros(6, dtype=torch.long, device=GPU)
+    out = vocab_parallel_hybrid_loss(
+        student,
+        teacher,
+        target,
+        weigh=credit(future_cost),
+        ignore_index=None,
+        vocab_size=45,
+        student_temperature=0.7,
+        teacher_logit_floor=-50.0,
+        inplace=inplace,
+    )
+    assert all(value.device == GPU and value.dtype == torch.float32 for value in out)
+    # Called directly: autograd's engine wants a real device.
+    grad, *_ = HybridLossFunction.backward(out.loss.grad_fn, torch.ones(6, device=GPU))
+    assert grad.device == GPU and grad.dtype == dtype and grad.shape == student.shape
+
+
+def test_diagnostics_stay_on_the_device():
+    logits, target = torch.randn(6, 50, device=GPU), torch.zeros(6, dtype=torch.long, device=GPU)
+    norms = logit_gradient_norms(logits, logits, target, 1.0, torch.randn(6, device=GPU), ignore_index=None)
+    assert all(norm.device == GPU for norm in norms)
+
+
+def test_cost_to_go_stays_on_the_device():
+    costs = torch.randn(3, 17, device=GPU)
+    segments = torch.zeros(3, 17, dtype=torch.long, device=GPU)
+    assert cost_to_go(costs, costs > 0, 0.9, segments).device == GPU
+
+
+def test_the_rehearsal_notices_a_tensor_on_the_wrong_device():
+    with pytest.raises(RuntimeError):
+        torch.add(torch.zeros(2, device=GPU), torch.zeros(2))

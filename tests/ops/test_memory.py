@@ -1,0 +1,69 @@
+"""What the op allocates and keeps, seen from below: every tensor that torch hands out, and every one autograd saves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_hybrid.ops import eager
+from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
+
+ROWS, COLUMNS, BLOCK = 64, 2048, 4096
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of each new storage that an operation returns, inputs and views aside."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in known}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = storage  # kept alive: an address stands for one storage
+                self.sizes.append(storage.nbytes())
+        return out
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(eager._BLOCK_ELEMENTS, "cpu", BLOCK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("options", [{}, {"student_temperature": 0.7, "teacher_logit_floor": -9.0}, {"skip": True}])
+def test_nothing_of_vocabulary_size_but_the_gradient_in_the_logits_dtype(dtype, inplace, options):
+    options = dict(options)
+    leaf = torch.randn(ROWS, COLUMNS).to(dtype).requires_grad_()
+    student, teacher, target = leaf * 1, torch.randn(ROWS, COLUMNS).to(dtype), torch.randint(0, COLUMNS, (ROWS,))
+    if options.pop("skip", False):
+        target[::3] = -100
+    with Allocations(student, teacher, target) as seen:
+        out = vocab_parallel_hybrid_loss(student, teacher, target, advantage=1.0, inplace=inplace, **options)
+        torch.autograd.grad(out.loss.sum(), student)
+    large = [size for size in seen.sizes if size > BLOCK * 4]  # four bytes: one fp32 buffer of a block
+    assert large == ([] if inplace else [ROWS * COLUMNS * dtype.itemsize])
+    in_blocks = [size for size in seen.sizes if size > ROWS * 8 * 8]  # more than the [n, 8] statistics, even in float64
+    assert len(in_blocks) > 0, "the blocks' buffers must be seen, or this test sees nothing"
+
+
+def test_only_the_inputs_and_numbers_per_token_are_saved():
+    student, teacher = torch.randn(ROWS, COLUMNS, requires_grad=True), torch.randn(ROWS, COLUMNS)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        vocab_parallel_hybrid_loss(student, teacher, torch.zeros(ROWS, dtype=torch.long))
+    large = [tensor.untyped_storage().data_ptr() for tensor in saved if tensor.numel() > ROWS]
+    assert large == [student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()]

@@ -1,0 +1,42 @@
+"""Advantages of rewards, by hand."""
+
+import pytest
+import torch
+
+from megatron_hybrid.errors import ConfigError, ShapeError
+from megatron_hybrid.returns.baselines import reward_advantages
+
+REWARDS = torch.tensor([1.0, 5.0, 0.0, 7.0, 2.0])
+GROUPS = torch.tensor([9, 4, 9, 4, 9])  # {1, 0, 2} and {5, 7}, interleaved
+
+
+def test_no_baseline_keeps_the_reward():
+    assert reward_advantages(REWARDS, GROUPS, "none").tolist() == REWARDS.tolist()
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    assert reward_advantages(REWARDS, GROUPS, "rloo").tolist() == [0.0, -2.0, -1.5, 2.0, 1.5]
+
+
+def test_grpo_divides_by_the_groups_sample_deviation():
+    expected = [0.0, -1 / 2**0.5, -1.0, 1 / 2**0.5, 1.0]  # deviations 1 and sqrt 2
+    assert reward_advantages(REWARDS, GROUPS, "grpo").tolist() == pytest.approx(expected, abs=2e-6)  # epsilon is 1e-6
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_equal_rewards_teach_nothing(baseline: str):
+    advantages = reward_advantages(torch.full((4,), 0.1), torch.zeros(4, dtype=torch.long), baseline)
+    assert advantages.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_a_response_alone_in_its_group_is_refused(baseline: str):
+    with pytest.raises(ConfigError, match="at least 2"):
+        reward_advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), baseline)
+
+
+def test_other_mistakes_are_named():
+    with pytest.raises(ConfigError, match="none, rloo, grpo"):
+        reward_advantages(REWARDS, GROUPS, "median")
+    with pytest.raises(ShapeError, match="one per response"):
+        reward_advantages(REWARDS, GROUPS[:3], "rloo")

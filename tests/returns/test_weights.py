@@ -1,0 +1,81 @@
+"""The credit of two short responses, every number by hand."""
+
+import pytest
+import torch
+
+from megatron_hybrid.errors import ConfigError, ShapeError
+from megatron_hybrid.records import TokenStats
+from megatron_hybrid.returns.weights import make_weigh
+
+# Two responses: tokens at positions 2, 3, 4 of row 0 and 1, 3 of row 1 (position 2 is not a response token).
+ROWS, POSITIONS = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 3, 4, 1, 3])
+STATS = TokenStats(
+    kl=torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]),
+    log_prob=torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0]),
+    teacher_log_prob=torch.tensor([-2.0, -4.0, 0.0, -1.0, -9.0]),
+    entropy=torch.zeros(5),
+)
+
+
+def credit(**change):
+    arguments = {
+        "reward_advantage": torch.tensor([10.0, -10.0]),
+        "row_of_token": ROWS,
+        "position_of_token": POSITIONS,
+        "num_positions": 6,
+        "discount": 0.5,
+        "future_cost": "closed_form",
+        "reward_weight": 1.0,
+        "imitation_weight": 1.0,
+    }
+    return make_weigh(**(arguments | change))
+
+
+def test_closed_form_advantages_by_hand():
+    imitation, advantage = credit()(STATS)
+    # futures: 2/2 + 4/4, 4/2, 0 and 16/4 (two positions on), 0
+    assert advantage.tolist() == [10 - 2, 10 - 2, 10, -10 - 4, -10]
+    assert imitation.tolist() == [1.0] * 5
+
+
+def test_sampled_advantages_by_hand():
+    # costs log pi - log q: 1, 3, -1 and 0, 8
+    _, advantage = credit(future_cost="sampled", discount=1.0)(STATS)
+    assert advantage.tolist() == [10 - 2, 10 + 1, 10, -10 - 8, -10]
+
+
+def test_the_immediate_cost_is_not_in_the_advantage():
+    dearer = TokenStats(STATS.kl + torch.tensor([100.0, 0, 0, 100.0, 0]), *list(vars(STATS).values())[1:])
+    assert torch.equal(credit().advantage(STATS), credit().advantage(dearer))
+
+
+def test_weights_multiply_their_terms_and_the_scale_multiplies_both():
+    scale = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0])
+    weigh = credit(reward_weight=3.0, imitation_weight=2.0, token_scale=scale)
+    imitation, advantage = weigh(STATS)
+    assert weigh.advantage(STATS).tolist() == [30 - 4, 30 - 4, 30, -30 - 8, -30]
+    assert advantage.tolist() == [26.0, 52.0, 0.0, -19.0, -30.0]
+    assert imitation.tolist() == [2.0, 4.0, 0.0, 1.0, 2.0]
+
+
+def test_no_discounted_future_leaves_the_reward():
+    assert credit(discount=0.0)(STATS)[1].tolist() == [10.0, 10.0, 10.0, -10.0, -10.0]
+
+
+def test_no_imitation_ignores_an_infinite_cost():
+    stats = TokenStats(STATS.kl + torch.inf, *list(vars(STATS).values())[1:])
+    assert credit(imitation_weight=0.0)(stats)[1].tolist() == [10.0, 10.0, 10.0, -10.0, -10.0]
+
+
+def test_weights_are_detached():
+    stats = TokenStats(STATS.kl.clone().requires_grad_(), *list(vars(STATS).values())[1:])
+    assert not any(weight.requires_grad for weight in credit()(stats))
+
+
+def test_a_mistake_is_named():
+    with pytest.raises(ConfigError, match="closed_form, sampled"):
+        credit(future_cost="guess")
+    with pytest.raises(ShapeError, match="position_of_token"):
+        credit(position_of_token=POSITIONS[:3])
+    with pytest.raises(ShapeError, match="5"):
+        credit()(TokenStats(*(value[:3] for value in vars(STATS).values())))
