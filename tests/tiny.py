@@ -82,20 +82,28 @@ def megatron(quiet: bool = True, **overrides: Any) -> Iterator[Namespace]:
         yield parse_and_validate_args(add_hybrid_args)
 
 
-def start(args: Namespace) -> list[Any]:
-    """Megatron initialised and the model's chunks of this rank, without optimizer or DDP."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
+def start(args: Namespace, *, ddp: bool = False) -> list[Any]:
+    """Megatron initialised and the model's chunks of this rank, without optimizer."""
     from megatron.training import training
-    from megatron.training.argument_utils import gpt_config_from_args
 
     training.initialize_megatron()
+    return build(args, ddp=ddp)
+
+
+def build(args: Namespace, *, ddp: bool = False) -> list[Any]:
+    """A model of the job's arguments; Megatron must have started."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.training import get_megatron_ddp_config
+
     config = gpt_config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return list(config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False))
+    settings = {"ddp_config": get_megatron_ddp_config(args)} if ddp else {}
+    return list(config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=ddp, **settings))
 
 
-def set_weights(model: list[Any]) -> None:
-    """The same network on every layout: each tensor is cut from a whole one drawn from its global name."""
+def set_weights(model: list[Any], name: str = "") -> None:
+    """The same network on every layout: each tensor is cut from a whole one drawn from `name` and its global name."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.utils import unwrap_model
@@ -105,11 +113,11 @@ def set_weights(model: list[Any]) -> None:
         apply_factories(state)  # SwiGLU halves become views of their own
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor) and tensor.data is not None:
-                _fill(tensor)
+                _fill(tensor, name)
 
 
-def _fill(tensor: Any) -> None:
-    generator = torch.Generator().manual_seed(zlib.crc32(tensor.key.encode()))
+def _fill(tensor: Any, name: str) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32((name + tensor.key).encode()))
     shape = list(tensor.global_shape)
     if "word_embeddings" in tensor.key or "output_layer" in tensor.key:
         shape[0] = 256  # whatever the vocabulary is padded to

@@ -21,11 +21,21 @@ from megatron_hybrid.records import HiddenPayload, HybridMicrobatch
 
 
 class FrozenTeacher:
-    """Loads `checkpoint` onto the job's own process groups."""
+    """A teacher whose model lies on the job's own process groups.
 
-    def __init__(self, checkpoint: str, checkpoint_args: Mapping[str, Any], parallel: ParallelContext) -> None:
-        self.model = build_frozen_model(checkpoint, checkpoint_args)
+    Args:
+        model: its chunks on this rank, in eval mode.
+        parallel: the axes of the job.
+    """
+
+    def __init__(self, model: list[torch.nn.Module], parallel: ParallelContext) -> None:
+        self.model = model
         self.parallel = parallel
+
+    @classmethod
+    def load(cls, checkpoint: str, checkpoint_args: Mapping[str, Any], parallel: ParallelContext) -> FrozenTeacher:
+        """Builds and loads the model of a torch_dist checkpoint from the arguments stored in it."""
+        return cls(build_frozen_model(checkpoint, checkpoint_args), parallel)
 
     def annotate(self, batches: Sequence[HybridMicrobatch]) -> list[HiddenPayload | None]:
         """See `Teacher`. Micro-batches must share one shape [b, s], as Megatron's pipeline wants it."""

@@ -231,7 +231,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
     teacher = forward_step.teacher
     if teacher is None and prepared.teacher_args is not None:
         assert online.teacher_load is not None
-        teacher = FrozenTeacher(online.teacher_load, prepared.teacher_args, parallel)
+        teacher = FrozenTeacher.load(online.teacher_load, prepared.teacher_args, parallel)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sampler = Sampler(
         parallel=parallel,
