@@ -1,0 +1,215 @@
+"""What a run leaves to look at, written by ONE rank (the logging rank; Megatron's is the last) from reduced numbers.
+
+    config.json                resolved settings, package versions, git revision, command line
+    metrics.jsonl              one line per step (kind "step") and per held-out evaluation (kind "eval")
+    samples.jsonl, samples.md  responses with reward and KL: all of them, and the newest to read
+    summary.json, summary.md   held-out numbers before and after
+    plots/                     drawn by `train/plots.py` at the end
+
+In: floats by name (`metrics.MEANINGS`), Megatron's own TensorBoard and wandb writers. Also one plain progress line a
+step: no cursor movement, so it reads the same in a terminal and in a Slurm log. Not here: reductions, collectives.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_hybrid.train import journal, samples, summary
+from megatron_hybrid.train.samples import Sample
+
+PACKAGES = (
+    "megatron-hybrid",
+    "megatron-core",
+    "transformer-engine",
+    "torch",
+    "triton",
+    "transformers",
+    "reasoning-gym",
+    "math-verify",
+    "numpy",
+)
+"""Packages whose version can change a result; what is not installed is left out."""
+
+MEDIAN_WINDOW = 20
+"""Steps behind the time left: the median forgets slow first steps and steps that saved a checkpoint."""
+
+PLAIN_WIDTH = 120
+"""Columns of tables where there is no terminal to ask."""
+
+
+class RunReport:
+    """The run folder and the writers of one run. Make it on one rank only: two would write the same files.
+
+    total_steps  optimizer steps of the whole run, for the progress line
+    tensorboard  torch.utils.tensorboard.SummaryWriter, or None
+    wandb        the wandb module after init, or a run: anything with log(dict, step); or None
+    console      False: files and writers only
+    start_step   steps done before (a resume): later lines of the journals are moved aside, they will come again
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        tensorboard: Any = None,
+        wandb: Any = None,
+        console: bool = True,
+        start_step: int = 0,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._tensorboard = tensorboard
+        self._wandb = wandb
+        self._console = Console(quiet=not console, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        self._step_times_s: deque[float] = deque(maxlen=MEDIAN_WINDOW)
+        self._last_end_s: float | None = None
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            dropped = journal.rewind(self.run_dir / name, start_step)
+            if dropped:
+                self._say(f"{name}: {dropped} lines after step {start_step} moved aside, to be produced again")
+
+    def config(self, settings: Mapping[str, Any]) -> None:
+        """Writes config.json; that of an earlier attempt stays as config.before_step_<start_step>.json."""
+        path = self.run_dir / "config.json"
+        if path.exists() and self._start_step > 0:
+            path.replace(self.run_dir / f"config.before_step_{self._start_step}.json")
+        about = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "start_step": self._start_step,
+            "total_steps": self._total_steps,
+            "command": [sys.executable, *sys.argv],
+            "git": git_revision(),
+            "versions": versions(),
+        }
+        journal.write_json(path, {"config": dict(settings), **about})
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records one optimizer step, the `step`-th (from 1), and prints its progress line."""
+        self._record(step, "step", metrics)
+        now_s = time.monotonic()
+        took_s = metrics.get("timing_s/step", None if self._last_end_s is None else now_s - self._last_end_s)
+        self._last_end_s = now_s
+        if took_s is not None:
+            self._step_times_s.append(took_s)
+        left_s = statistics.median(self._step_times_s) * (self._total_steps - step) if self._step_times_s else None
+        self._say(progress_line(step, self._total_steps, metrics, left_s))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records a held-out evaluation after `step` optimizer steps (0: before training); names start with val/."""
+        self._record(step, "eval", metrics)
+        shown = "  ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in metrics.items())
+        self._say(f"held-out after step {step}  {shown}")
+
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
+        """Keeps the rows in samples.jsonl, makes them samples.md, and shows the first few."""
+        for row in rows:
+            journal.append(self.run_dir / "samples.jsonl", {"step": step, **row.as_record()})
+        page = samples.markdown(step, rows)
+        journal.write_text(self.run_dir / "samples.md", page)
+        if self._tensorboard is not None:
+            self._tensorboard.add_text("samples", page, step)
+        self._console.print(samples.table(step, rows))
+
+    def finish(self, before: Mapping[str, float] | None = None, after: Mapping[str, float] | None = None) -> None:
+        """Shows and saves held-out numbers before and after, then draws the plots.
+
+        before, after  as given to `evaluation`; None: the first and the last one in metrics.jsonl, so that a resumed
+                       run compares with its real beginning
+        """
+        held_out = [r for r in journal.read(self.run_dir / "metrics.jsonl") if r["kind"] == "eval"]
+        before = before if before is not None else _numbers(held_out[0]) if held_out else {}
+        after = after if after is not None else _numbers(held_out[-1]) if held_out else {}
+        changes = summary.compare(before, after)
+        if changes:
+            journal.write_json(self.run_dir / "summary.json", {c.name: c.as_record() for c in changes})
+            journal.write_text(self.run_dir / "summary.md", summary.markdown(changes))
+            self._console.print(summary.table(changes))
+        try:
+            from megatron_hybrid.train import plots
+        except ImportError as error:
+            self._say(f"no plots drawn ({error}): install matplotlib, then python tools/plot_run.py {self.run_dir}")
+            return
+        drawn = plots.draw(self.run_dir)
+        if drawn:
+            self._say(f"{len(drawn)} figures in {drawn[0].parent}, all at a glance in {drawn[-1].name}")
+
+    def _record(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **metrics}
+        journal.append(self.run_dir / "metrics.jsonl", line)
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step)
+
+    def _say(self, line: str) -> None:
+        # soft_wrap: a line is never broken, whatever the width; markup off: names may hold brackets.
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def progress_line(step: int, total_steps: int, metrics: Mapping[str, float], left_s: float | None) -> str:
+    """One step in under 160 characters; a number that the step did not report is left out."""
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    for text, name, spec in (
+        ("reward {}", "critic/score/mean", ".3f"),
+        ("kl {} nats/tok", "actor/kl_loss", ".3g"),
+        ("entropy {}", "actor/entropy", ".3f"),
+        ("length {}", "response_length/mean", ".1f"),
+        ("{} tok/s", "perf/throughput", ",.0f"),
+        ("grad {}", "actor/grad_norm", ".3g"),
+    ):
+        if name in metrics:
+            value = metrics[name]
+            parts.append(text.format(format(value, spec if abs(value) < 1e6 else ".2e")))
+    if left_s is not None:
+        parts.append(f"left {hours(left_s)}")
+    return "  ".join(parts)
+
+
+def hours(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, s = divmod(max(0, round(seconds)), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02}:{s:02}"
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that can change a result; read from their metadata, none is imported."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Revision of the working directory and whether it holds uncommitted changes; None outside a repository."""
+    try:
+        revision = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"revision": revision, "uncommitted_changes": bool(changed)}
+
+
+def _git(*arguments: str) -> str:
+    # 10 s: a repository on a slow network file system must not hold up a run for longer.
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in record.items() if name not in ("step", "kind", "time")}
