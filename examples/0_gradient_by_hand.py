@@ -2,9 +2,9 @@
 
     python examples/0_gradient_by_hand.py        seconds, no GPU, no Megatron
 
-A student wrote four words. A teacher has its own opinion of each, and the whole response earned a reward of 1. Column by
-column this shows what each token is told: how far the two distributions are apart (KL), what its choice will still cost
-(C, the KL of later tokens), whether to be reinforced (A), and the gradient on its five logits; first by the formulas in
+A student wrote four words. A teacher has its own opinion of each, and the whole response earned a reward of 1. This
+shows what each token is told: how far the two distributions are apart (KL), what its choice will still cost (C, the KL
+of later tokens), whether to be reinforced (A), and the gradient on its five logits; first by the formulas in
 megatron_hybrid/README.md, then by `vocab_parallel_hybrid_loss` and autograd.
 """
 

@@ -55,8 +55,7 @@ def logit_gradient_norms(
     merged = merged_stats(eager, student, teacher, call)
     squares = _shard_squares(student, teacher, call, merged)
     dense, others_sq, others = (sum_over_ranks(squares, call.group) if len(squares) else squares).unbind(-1)
-    kl = merged.stats.kl
-    dense = torch.where((kl == torch.inf) | (imitation == 0), 0.0, imitation.square() * (dense + 0 * kl))
+    dense = torch.where(merged.stats.kl == torch.inf, 0.0, imitation.square() * dense)
     # 1 - p(y) is what the others have: where p(y) is nearly 1 the norm is small, and a difference would round it away.
     sparse = credit.square() * (others_sq + others.square())
     return call.restored(dense), call.restored(sparse)

@@ -10,7 +10,7 @@ Statistics are fp32 whatever the logits are; the gradient is rounded once, into 
 
 Subtracting before dividing by the temperature is exact near the maximum, so an offset of the logits costs no digits; k
 is subtracted from d before anything else, because where p is nearly 1 they are nearly equal and large. -inf needs no
-special case in the stats: 0 * inf is NaN and `nansum` skips it, while a true NaN stays visible in s_z and s_w.
+special case in the stats: 0 * inf is NaN and `nansum` skips it, while a true NaN stays visible in the maxima.
 """
 
 import torch

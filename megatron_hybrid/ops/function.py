@@ -51,16 +51,14 @@ def merge_shards(gathered: Tensor, shard: Shard, *, has_teacher: bool) -> Merged
     """The ranks' statistics [tp, n, 8] (order of `eager.NUM_STATS`) to those of the whole vocabulary."""
     m_z_r, s_z_r, m_w_r, s_w_r, a_r, b_r, z_y_r, w_y_r = gathered.unbind(-1)
     m_z, m_w = m_z_r.amax(0), m_w_r.amax(0)
-    # A few numbers per token in float64: where student and teacher are close, so are the two shifts.
-    z_shift = (m_z_r.double() - m_z) * shard.student_scale
-    w_shift = (m_w_r.double() - m_w) * shard.teacher_scale
-    z_factor = z_shift.float().exp()
+    z_shift, w_shift = (m_z_r - m_z) * shard.student_scale, (m_w_r - m_w) * shard.teacher_scale
+    z_factor = z_shift.exp()
 
     def rescaled(moment: Tensor, shift: Tensor) -> Tensor:
         # A rank whose mass underflows adds nothing, even where its own moment is infinite.
-        return torch.where(z_factor == 0, 0.0, z_factor * (moment + shift.float() * s_z_r)).sum(0)
+        return torch.where(z_factor == 0, 0.0, z_factor * (moment + shift * s_z_r)).sum(0)
 
-    s_z, s_w = (z_factor * s_z_r).sum(0), (w_shift.float().exp() * s_w_r).sum(0)
+    s_z, s_w = (z_factor * s_z_r).sum(0), (w_shift.exp() * s_w_r).sum(0)
     log_s_z = s_z.log()
     entropy = log_s_z - rescaled(b_r, z_shift) / s_z
     log_prob = (z_y_r.sum(0) - m_z) * shard.student_scale - log_s_z
@@ -136,8 +134,7 @@ class HybridLossFunction(torch.autograd.Function):
 
 
 def _gradient_numbers(merged: Merged, imitation: Tensor, advantage: Tensor) -> tuple[Tensor, ...]:
-    """m_z, m_w, k, s_z, dense and sparse weight, [n] each: an infinite KL has no gradient, a NaN one shows in it."""
-    kl = merged.stats.kl
-    infinite = kl == torch.inf
-    k = torch.where(infinite, 0.0, torch.where(kl.isnan(), kl, merged.mean_difference))
+    """m_z, m_w, k, s_z, dense and sparse weight, [n] each: an infinite KL has no gradient."""
+    infinite = merged.stats.kl == torch.inf
+    k = torch.where(infinite, 0.0, merged.mean_difference)
     return merged.m_z, merged.m_w, k, merged.s_z, torch.where(infinite, 0.0, imitation), advantage

@@ -225,7 +225,7 @@ def test_a_nan_that_counts_is_never_silent(who):
     tensors[who].data[3, 7] = NAN
     student, teacher, target, _ = tensors
     out, grad = gradient(student, teacher, target)
-    assert out.loss[3].isnan() and grad[3].isnan().any()
+    assert out.loss[3].isnan() and grad[3].isnan().all()  # all: on shards, every rank must see it
     assert out.loss[[0, 1, 2, 4, 5]].isfinite().all()
 
 
