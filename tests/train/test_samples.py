@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from megatron_hybrid.train import journal
-from megatron_hybrid.train.samples import Sample, markdown, panel, sample_rows, shade, table
+from megatron_hybrid.train.samples import Sample, markdown, panel, shade, table
 
 ROOT = Path(__file__).parents[2]
 SHADED = Sample("3 + 4?", "is seven", "7", 1.0, kl_per_token=(0.01, 2.5), tokens=("is", " seven"), task="sums")
