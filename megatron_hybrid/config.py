@@ -12,6 +12,7 @@ from megatron_hybrid.errors import ConfigError
 
 FUTURE_COSTS = ("closed_form", "sampled")
 BASELINES = ("none", "rloo", "grpo")
+COST_BASELINES = ("none", "group")
 AGGREGATIONS = ("seq-mean-token-sum", "token-mean", "seq-mean-token-mean")
 BACKENDS = ("torch",)
 
@@ -49,6 +50,12 @@ class HybridConfig(_FromArguments):
         "what is subtracted from the reward: leave-one-out group mean (rloo), group mean over std (grpo), nothing",
         BASELINES,
     )
+    cost_baseline: str = setting(
+        "group",
+        "what is subtracted from the future imitation cost: leave-one-out mean of the group at the same position (needs "
+        "whole groups in a micro-batch), nothing",
+        COST_BASELINES,
+    )
     group_size: int = setting(4, "responses sampled for each prompt")
     aggregation: str = setting(
         "seq-mean-token-sum",
@@ -82,6 +89,7 @@ class HybridConfig(_FromArguments):
         for name, choices in (
             ("future_cost", FUTURE_COSTS),
             ("baseline", BASELINES),
+            ("cost_baseline", COST_BASELINES),
             ("aggregation", AGGREGATIONS),
             ("backend", BACKENDS),
         ):

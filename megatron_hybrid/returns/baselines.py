@@ -6,6 +6,12 @@
 
 std is the sample's (divided by size - 1), as verl and TRL take it. A group is all responses to one prompt, in any
 order.
+
+And for the cost-to-go, a baseline of each position:
+
+    none   0
+    group  b_{i,t} = mean of C_{j,t} over the other responses j of the group, 0 for those that have ended: unbiased,
+           because no other response depends on y_{i,t}
 """
 
 import torch
@@ -48,3 +54,24 @@ def reward_advantages(rewards: Tensor, group_id: Tensor, baseline: str) -> Tenso
     else:
         advantages = centred / (group_mean(centred.square(), size - 1).sqrt() + _GRPO_EPSILON)
     return advantages.float()
+
+
+def cost_baseline(cost_to_go: Tensor, mask: Tensor, group_id: Tensor) -> Tensor:
+    """The `group` baseline of a cost-to-go, [b, s] fp32, detached: leave-one-out means at the same position.
+
+    cost_to_go  [b, s] fp32, nats
+    mask        [b, s] bool: response tokens. A response that is over costs nothing more: it counts with 0
+    group_id    [b] int64: rows of one group answer the same prompt, which ends at the same position in each
+
+    0 where a group has a single row, and off the mask.
+    """
+    if cost_to_go.shape != mask.shape or group_id.shape != cost_to_go.shape[:1]:
+        raise ShapeError(
+            f"cost_to_go and mask must be [b, s] and group_id [b]; got {list(cost_to_go.shape)}, {list(mask.shape)} and "
+            f"{list(group_id.shape)}."
+        )
+    same = (group_id[:, None] == group_id[None, :]).float()
+    peers = same - torch.eye(len(group_id), device=same.device)
+    costs = torch.where(mask, cost_to_go.detach(), 0.0)
+    mean = peers @ costs / peers.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mean, 0.0)

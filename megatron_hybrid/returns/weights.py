@@ -1,6 +1,6 @@
 """Credit assignment between the op's two passes: per-token stats in, (imitation_weight, advantage) out.
 
-    A_t = lambda * a_b - beta * C_{t+1},      C_{t+1} = sum_{t' > t} gamma^(t' - t) c_t'
+    A_t = lambda * a_b - beta * (C_{t+1} - b_C),      C_{t+1} = sum_{t' > t} gamma^(t' - t) c_t'
     c_t = KL_t (closed_form: its expectation, less noise)   or   log pi(y_t) - log q(y_t) (sampled)
 
 The immediate cost c_t is not in C: the op's dense term, weighted by beta, is its exact gradient. The op sees n response
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.records import TokenStats
+from megatron_hybrid.returns.baselines import cost_baseline
 from megatron_hybrid.returns.returns_to_go import cost_to_go
 
 
@@ -37,26 +38,23 @@ class CreditAssignment:
     """lambda."""
     imitation_weight: float
     """beta."""
-    token_scale: Tensor | None = None
-    """[n] fp32: share of a token in its sequence's term; multiplies both weights. None: 1."""
+    group_id: Tensor | None = None
+    """[b] int64: groups for the baseline of the cost-to-go, each of them whole; None: no such baseline."""
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
-        """(imitation_weight, advantage), both [n] fp32, detached, scaled."""
+        """(imitation_weight, advantage), both [n] fp32, detached."""
         advantage = self.advantage(stats)
-        imitation = torch.full_like(advantage, self.imitation_weight)
-        if self.token_scale is None:
-            return imitation, advantage
-        return imitation * self.token_scale, advantage * self.token_scale
+        return torch.full_like(advantage, self.imitation_weight), advantage
 
     def advantage(self, stats: TokenStats) -> Tensor:
-        """A_t [n] fp32, before `token_scale`: what metrics show."""
+        """A_t [n] fp32."""
         reward = self.reward_weight * self.reward_advantage[self.row_of_token].detach().float()
         if self.imitation_weight == 0:
             return reward  # an infinite cost must not become 0 * inf
         return reward - self.imitation_weight * self.future_costs(stats)
 
     def future_costs(self, stats: TokenStats) -> Tensor:
-        """C_{t+1} [n] fp32, nats."""
+        """C_{t+1} - b_C [n] fp32, nats."""
         costs = stats.kl if self.future_cost == "closed_form" else stats.log_prob - stats.teacher_log_prob
         if costs.shape != self.row_of_token.shape:
             raise ShapeError(
@@ -68,7 +66,10 @@ class CreditAssignment:
         mask = torch.zeros_like(table, dtype=torch.bool)
         table.index_put_(here, costs.detach())
         mask.index_put_(here, torch.ones_like(costs, dtype=torch.bool))
-        return cost_to_go(table, mask, self.discount)[here]
+        future = cost_to_go(table, mask, self.discount)
+        if self.group_id is not None:
+            future = future - cost_baseline(future, mask, self.group_id)
+        return future[here]
 
 
 def make_weigh(
@@ -81,7 +82,7 @@ def make_weigh(
     future_cost: str,
     reward_weight: float,
     imitation_weight: float,
-    token_scale: Tensor | None = None,
+    group_id: Tensor | None = None,
 ) -> CreditAssignment:
     """The op's `weigh` for n response tokens of b responses; fields as in `CreditAssignment`.
 
@@ -94,12 +95,11 @@ def make_weigh(
             f"reward_advantage must be [b] and row_of_token [n], got {list(reward_advantage.shape)} and "
             f"{list(row_of_token.shape)}."
         )
-    for name, tensor in (("position_of_token", position_of_token), ("token_scale", token_scale)):
-        if tensor is not None and tensor.shape != row_of_token.shape:
-            raise ShapeError(
-                f"{name} must have one entry per response token, {list(row_of_token.shape)} as row_of_token; got "
-                f"{list(tensor.shape)}."
-            )
+    if position_of_token.shape != row_of_token.shape:
+        raise ShapeError(
+            f"position_of_token must have one entry per response token, {list(row_of_token.shape)} as row_of_token; got "
+            f"{list(position_of_token.shape)}."
+        )
     return CreditAssignment(
         reward_advantage=reward_advantage,
         row_of_token=row_of_token,
@@ -109,5 +109,5 @@ def make_weigh(
         future_cost=future_cost,
         reward_weight=reward_weight,
         imitation_weight=imitation_weight,
-        token_scale=token_scale,
+        group_id=group_id,
     )

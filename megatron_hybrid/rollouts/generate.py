@@ -2,13 +2,15 @@
 
 Prompts of a decoding batch differ in length. All rows advance together from the shortest prompt on; a row that is still
 inside its prompt takes its next prompt token instead of a sampled one. Every position is thus decoded exactly once,
-without padding in the cache, so no attention implementation needs a mask. Rows sorted by length keep the overlap small.
+without padding in the cache, so no attention implementation needs a mask. Rows are sorted by length, and a batch ends
+where the next prompt is longer by more steps than a batch of its own would take.
 
 Collectives per token: two small all-gathers over tp (sampling), one broadcast of [b] over pp.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +51,6 @@ class Sampler:
         step     optimizer steps taken so far; together with `seed`, the prompt and the sample it fixes every draw
         """
         requests = [(prompt, k) for prompt in prompts for k in range(group_size)]
-        # Equal lengths meet: fewer steps are spent inside prompts. The order is restored afterwards.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
         samples: dict[int, Sample] = {}
         chunks = unwrap_model(list(model))
         training = [chunk.training for chunk in chunks]
@@ -58,8 +58,7 @@ class Sampler:
             chunk.eval()
         try:
             with torch.no_grad():
-                for first in range(0, len(order), self.batch_size):
-                    wave = order[first : first + self.batch_size]
+                for wave in self._waves([len(prompt.token_ids) for prompt, _ in requests]):
                     drawn = self._decode_wave(chunks, [requests[i] for i in wave], step=step, seed=seed)
                     samples.update(zip(wave, drawn, strict=True))
         finally:
@@ -75,6 +74,16 @@ class Sampler:
             policy_version=step,
             seed=seed,
         )
+
+    def _waves(self, lengths: list[int]) -> list[list[int]]:
+        """Indices of the requests that are decoded together, shortest prompts first."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        waves = [order[:1]]
+        for previous, i in itertools.pairwise(order):
+            if len(waves[-1]) == self.batch_size or lengths[i] - lengths[previous] > self.max_response_length:
+                waves.append([])
+            waves[-1].append(i)
+        return waves
 
     def _decode_wave(
         self, chunks: list[torch.nn.Module], requests: list[tuple[Prompt, int]], *, step: int, seed: int

@@ -174,6 +174,7 @@ class OnlineLoop:
                 future_cost=config.future_cost,
                 reward_weight=config.reward_weight,
                 imitation_weight=config.imitation_weight,
+                group_id=rollouts.group_id[rows] if config.cost_baseline == "group" else None,
             )
 
         return credit_for

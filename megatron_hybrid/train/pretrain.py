@@ -107,6 +107,12 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
             f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not be "
             "split. Change one of the three."
         )
+    if config.cost_baseline == "group" and args.micro_batch_size % config.group_size:
+        raise ConfigError(
+            f"cost_baseline 'group' compares the responses to one prompt at the same position, for which a micro-batch "
+            f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. Use "
+            "a multiple of group_size, or --hybrid-cost-baseline none."
+        )
     room = args.seq_length - online.max_response_length
     if room < 1:
         raise ConfigError(
@@ -119,9 +125,6 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
             "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
         )
-    if config.imitation_weight == 0 and online.teacher_load is not None:
-        # Its KL is still reported; training cost is one forward pass of the teacher.
-        pass
     tokenizer = _load_tokenizer(args)
     teacher_args = _teacher_args(online.teacher_load, tokenizer) if online.teacher_load else None
 

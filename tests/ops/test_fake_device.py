@@ -34,7 +34,7 @@ def credit(future_cost: str = "closed_form"):
         future_cost=future_cost,
         reward_weight=1.0,
         imitation_weight=1.0,
-        token_scale=torch.ones(6, device=GPU),
+        group_id=torch.zeros(2, dtype=torch.long, device=GPU),
     )
 
 

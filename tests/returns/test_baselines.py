@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.returns.baselines import reward_advantages
+from megatron_hybrid.returns.baselines import cost_baseline, reward_advantages
 
 REWARDS = torch.tensor([1.0, 5.0, 0.0, 7.0, 2.0])
 GROUPS = torch.tensor([9, 4, 9, 4, 9])  # {1, 0, 2} and {5, 7}, interleaved
@@ -40,3 +40,11 @@ def test_other_mistakes_are_named():
         reward_advantages(REWARDS, GROUPS, "median")
     with pytest.raises(ShapeError, match="one per response"):
         reward_advantages(REWARDS, GROUPS[:3], "rloo")
+
+
+def test_cost_baseline_by_hand():
+    costs = torch.tensor([[9.0, 4.0, 2.0, 0.0], [9.0, 6.0, 0.0, 0.0], [9.0, 8.0, 6.0, 4.0], [9.0, 1.0, 1.0, 1.0]])
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
+    baseline = cost_baseline(costs, mask, torch.tensor([0, 0, 0, 7]))
+    # Leave one out in rows 0-2; a response that has ended counts 0; row 3 is alone.
+    assert baseline.tolist() == [[0, 7, 3, 0], [0, 6, 0, 0], [0, 5, 1, 0], [0, 0, 0, 0]]
