@@ -235,10 +235,9 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
     if teacher is None and prepared.teacher_args is not None:
         assert online.teacher_load is not None
         teacher = FrozenTeacher.load(online.teacher_load, prepared.teacher_args, parallel)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sampler = Sampler(
         parallel=parallel,
-        device=device,
+        device=torch.device(torch.cuda.current_device()),  # Megatron's own idiom; the CPU runtime answers it too
         vocab_size=len(tokenizer),
         stop_ids=frozenset({tokenizer.eos_token_id}),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),

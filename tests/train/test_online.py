@@ -76,7 +76,7 @@ def test_imitation_brings_the_held_out_kl_down_and_leaves_a_readable_run(rank_po
     assert "held-out reverse KL" in printed
     assert (run_dir / "plots" / "overview.png").stat().st_size > 10_000
     assert list((run_dir / "tensorboard").iterdir())
-    assert json.loads((run_dir / "config.json").read_text())["hybrid"]["imitation_weight"] == 1
+    assert json.loads((run_dir / "config.json").read_text())["config"]["hybrid"]["imitation_weight"] == 1
     sample = json.loads((run_dir / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"] in {f"w{i}" for i in range(14)}
 
