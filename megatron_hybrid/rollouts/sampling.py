@@ -33,7 +33,8 @@ def sample_tokens(
         maximum = torch.full((batch,), torch.finfo(torch.float32).min, device=logits.device)
         cumulative = torch.zeros(batch, 1, device=logits.device)
     else:
-        maximum = scaled.amax(dim=-1)
+        # Finite even where a rank's columns are all forbidden (-inf): their difference would be NaN.
+        maximum = scaled.amax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
         cumulative = torch.exp(scaled - maximum.unsqueeze(-1)).cumsum(dim=-1)
     shards = _gather(torch.stack([maximum, cumulative[:, -1]]), tp)  # [tp, 2, b]
     top = shards[:, 0].amax(dim=0)
@@ -45,6 +46,9 @@ def sample_tokens(
 
     below = edges[tp.rank] - masses[tp.rank]
     local = ((threshold - below) / torch.exp((maximum - top).double())).float()
+    # A rounded threshold must not reach past the shard's mass, where columns without probability lie.
+    mass = cumulative[:, -1]
+    local = torch.minimum(local.clamp(min=0.0), torch.nextafter(mass, torch.zeros_like(mass)))
     if real == 0:
         chosen, logit = torch.zeros_like(owner), torch.zeros_like(top)
     else:
