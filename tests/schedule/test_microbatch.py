@@ -1,0 +1,120 @@
+"""The only transposition: [b, s] rollouts to rows of Megatron's flattened [s, b], each predicting the token after it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats
+from megatron_hybrid.schedule.microbatch import microbatches
+
+BORDERS = (2, 1, 3, 2)
+LENGTHS = (2, 3, 0, 4)
+WIDTH = 6
+
+
+def rollouts() -> RolloutBatch:
+    """Token at (row, column) is 10 * row + column, its log-prob minus that / 100; row 2 has no response."""
+    rows = torch.arange(len(BORDERS))[:, None]
+    columns = torch.arange(WIDTH)[None]
+    mask = torch.zeros(len(BORDERS), WIDTH, dtype=torch.bool)
+    for row, (border, length) in enumerate(zip(BORDERS, LENGTHS, strict=True)):
+        mask[row, border : border + length] = True
+    tokens = 10 * rows + columns
+    return RolloutBatch(
+        prompts=tuple(Prompt(row, (1,), "", "task") for row in range(len(BORDERS))),
+        tokens=tokens,
+        response_mask=mask,
+        sampled_logprobs=-tokens.float() / 100,
+        group_id=torch.tensor([0, 0, 1, 1]),
+        truncated=(False,) * len(BORDERS),
+        responses=("",) * len(BORDERS),
+        temperature=1.0,
+        policy_version=0,
+        seed=0,
+    )
+
+
+def cut(batch: RolloutBatch, size: int, aggregation: str = "seq-mean-token-sum") -> list[HybridMicrobatch]:
+    """Micro-batches whose credit says where it was asked for: (row of the batch, column) of each token as its two weights."""
+
+    def credit_for(rows: slice, sequence: Tensor, column: Tensor):
+        return lambda stats: (rows.start + sequence.float(), column.float())
+
+    return microbatches(batch, micro_batch_size=size, aggregation=aggregation, credit_for=credit_for)
+
+
+def test_rows_and_targets_by_hand():
+    first, second = cut(rollouts(), 2)
+    # Row 0 answers in columns 2, 3, row 1 in columns 1, 2, 3: predicted by t - 1, at (t - 1) * 2 + row.
+    assert first.token_rows.tolist() == [0 * 2 + 1, 1 * 2 + 0, 1 * 2 + 1, 2 * 2 + 0, 2 * 2 + 1]
+    assert first.targets.tolist() == [11, 2, 12, 3, 13]
+    # Row 2 of the batch has no response; row 3 answers in columns 2 to 5 and is sequence 1 here.
+    assert second.token_rows.tolist() == [1 * 2 + 1, 2 * 2 + 1, 3 * 2 + 1, 4 * 2 + 1]
+    assert second.targets.tolist() == [32, 33, 34, 35]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_response_token_at_column_t_is_predicted_by_the_fed_token_at_t_minus_1(size):
+    batch = rollouts()
+    seen = set()
+    for number, micro in enumerate(cut(batch, size)):
+        fed = micro.tokens.T.flatten()  # Megatron's [s, b], flattened
+        before = fed[micro.token_rows]
+        assert torch.equal(before + 1, micro.targets)  # the next column of the same row, by how the tokens were made
+        seen |= {divmod(token, 10) for token in micro.targets.tolist()}
+        assert micro.tokens.shape == (size, WIDTH - 1)
+        assert torch.equal(micro.tokens, batch.tokens[number * size : (number + 1) * size, :-1])
+    assert seen == {tuple(place) for place in batch.response_mask.nonzero().tolist()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rows_are_ascending_in_the_flattened_order(size):
+    for micro in cut(rollouts(), size):
+        assert micro.token_rows.tolist() == sorted(set(micro.token_rows.tolist()))
+
+
+def test_a_micro_batch_keeps_everything_of_its_own_tokens():
+    for micro in cut(rollouts(), 2):
+        assert torch.equal(micro.sampled_logprobs, -micro.targets.float() / 100)
+        assert torch.equal(micro.position_ids, torch.arange(WIDTH - 1).expand(2, -1))
+        assert micro.tokens.is_contiguous() and micro.position_ids.is_contiguous()
+        assert micro.attention_mask is None and micro.teacher is None
+
+
+def test_credit_is_asked_with_rows_of_the_batch_and_columns_of_the_tokens():
+    for number, micro in enumerate(cut(rollouts(), 2)):
+        row, column = micro.weigh(TokenStats(*[torch.zeros(len(micro.targets))] * 4))
+        assert set((row - 2 * number).tolist()) <= {0.0, 1.0}
+        assert torch.equal(10 * row + column, micro.targets.float())
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "counts", "scales"),
+    [
+        ("seq-mean-token-sum", [2, 1], [[1.0] * 5, [1.0] * 4]),
+        ("token-mean", [5, 4], [[1.0] * 5, [1.0] * 4]),
+        ("seq-mean-token-mean", [2, 1], [[1 / 3, 1 / 2, 1 / 3, 1 / 2, 1 / 3], [1 / 4] * 4]),
+    ],
+)
+def test_count_and_scale_of_each_token_by_hand(aggregation, counts, scales):
+    micros = cut(rollouts(), 2, aggregation)
+    assert [micro.count.item() for micro in micros] == counts
+    for micro, scale in zip(micros, scales, strict=True):
+        torch.testing.assert_close(micro.token_scale, torch.tensor(scale), rtol=0, atol=0)
+
+
+def test_a_micro_batch_without_any_response_has_no_rows_and_counts_nothing():
+    batch = rollouts()
+    silent = dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
+    for micro in cut(silent, 2):
+        assert len(micro.token_rows) == len(micro.targets) == len(micro.token_scale) == micro.count.item() == 0
+        assert micro.tokens.shape == (2, WIDTH - 1)  # stages still exchange activations of this shape
+
+
+def test_rollouts_that_do_not_divide_are_our_own_mistake():
+    with pytest.raises(AssertionError, match="4 rollouts do not divide into micro-batches of 3"):
+        cut(rollouts(), 3)
