@@ -2,6 +2,7 @@
 
     python tools/convert_checkpoint.py smollm2 --save models/smollm2-hf
     python tools/convert_checkpoint.py hf-to-megatron --load models/smollm2-hf --save models/smollm2
+    python tools/convert_checkpoint.py compare --hf models/smollm2-hf --megatron models/smollm2
     python tools/convert_checkpoint.py megatron-to-hf --load runs/first/checkpoints --save models/trained-hf
 
 `hf-to-megatron` prints the Megatron flags of the model; `--load DIR --finetune --use-checkpoint-args` finds most of
@@ -45,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("--load", type=Path, required=True, help="checkpoint folder, or one iteration inside it")
     back.add_argument("--save", type=Path, required=True, help="folder to make")
     back.add_argument("--tokenizer", help="Hugging Face folder of the tokenizer; default: the one the checkpoint names")
+
+    both = commands.add_parser("compare", help="logits of a Hugging Face folder and a Megatron checkpoint, side by side")
+    both.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
+    both.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint made from it")
     return main
 
 
@@ -76,6 +81,13 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
     print(args.save)
 
 
+def compare(args: argparse.Namespace) -> None:
+    from megatron_hybrid.checkpoint.compare import compare_logits
+
+    difference = compare_logits(args.hf, args.megatron)
+    print(f"logits of transformers and Megatron differ by at most {difference:.1e} of the largest: rounding")
+
+
 def smollm2(args: argparse.Namespace) -> None:
     from megatron_hybrid.checkpoint.smollm2 import export_smollm2
 
@@ -86,9 +98,14 @@ def main() -> int:
     args = parser().parse_args()
     from megatron_hybrid.errors import HybridError
 
-    run = {"smollm2": smollm2, "hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf}[args.command]
+    commands = {
+        "smollm2": smollm2,
+        "hf-to-megatron": hf_to_megatron,
+        "compare": compare,
+        "megatron-to-hf": megatron_to_hf,
+    }
     try:
-        run(args)
+        commands[args.command](args)
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -118,6 +119,16 @@ def load_weights(model: GPTModel, state: Mapping[str, Tensor]) -> None:
             f"the tensors do not fit the model of the arguments: missing {missing[:3]}, unexpected {unexpected[:3]}. "
             "Arguments and tensors must come from the same conversion."
         )
+
+
+def megatron_logits(state: Mapping[str, Tensor], args: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """Logits [b, s, vocab_size] fp32 of Megatron's own GPTModel with these tensors, for tokens [b, s]."""
+    with single_rank(), torch.no_grad():
+        model_parallel_cuda_manual_seed(0)  # attention forks this state, even without dropout
+        model = build_gpt(args, dtype=torch.float32).eval()
+        load_weights(model, {name: value.float() for name, value in state.items()})
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return model(tokens, positions, None)[..., : args["vocab_size"]]
 
 
 def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], args: Mapping[str, Any]) -> Path:

