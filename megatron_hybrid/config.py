@@ -33,7 +33,7 @@ class _FromArguments:
 
 @dataclass(frozen=True)
 class HybridConfig(_FromArguments):
-    """The objective of arXiv 2512.23097 and its estimator: beta * trajectory reverse KL - lambda * reward, minimised."""
+    """The objective of arXiv 2512.23097, minimised: beta * trajectory reverse KL - lambda * reward; its estimator."""
 
     reward_weight: float = setting(1.0, "lambda: weight of the reward, per unit of reward")
     imitation_weight: float = setting(1.0, "beta: weight of the reverse KL to the teacher, per nat")
@@ -52,8 +52,8 @@ class HybridConfig(_FromArguments):
     )
     cost_baseline: str = setting(
         "group",
-        "what is subtracted from the future imitation cost: leave-one-out mean of the group at the same position (needs "
-        "whole groups in a micro-batch), nothing",
+        "what is subtracted from the future imitation cost: leave-one-out mean of the group at the same position "
+        "(needs whole groups in a micro-batch), nothing",
         COST_BASELINES,
     )
     group_size: int = setting(4, "responses sampled for each prompt")
@@ -102,8 +102,8 @@ class HybridConfig(_FromArguments):
             raise ConfigError(f"group_size must be at least 1, got {self.group_size}: a prompt needs a response.")
         if self.group_size < 2 and self.baseline in ("rloo", "grpo"):
             raise ConfigError(
-                f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}: "
-                "every advantage would be 0 or undefined. Use group_size >= 2, or baseline 'none'."
+                f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}"
+                ": every advantage would be 0 or undefined. Use group_size >= 2, or baseline 'none'."
             )
         for name in ("student_temperature", "teacher_temperature"):
             value = getattr(self, name)
@@ -124,7 +124,9 @@ class OnlineConfig(_FromArguments):
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
     rollout_batch_size: int = setting(64, "sequences decoded together on one data-parallel replica")
-    teacher_load: str | None = setting(None, "Megatron checkpoint (torch_dist) of the teacher; its arguments are read from it")
+    teacher_load: str | None = setting(
+        None, "Megatron checkpoint (torch_dist) of the teacher; its arguments are read from it"
+    )
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
     samples_interval: int = setting(10, "steps between entries of the table of samples")
 

@@ -44,7 +44,7 @@ class RolloutBatch:
     response_mask: Tensor
     """[b, s] bool: True on the tokens the student sampled, end-of-sequence included. Set by the sampler alone."""
     sampled_logprobs: Tensor
-    """[b, s] fp32, nats: log-probability under the sampling distribution; 0 off the mask and on stages that do not sample."""
+    """[b, s] fp32, nats: under the sampling distribution; 0 off the mask and on stages that do not sample."""
     group_id: Tensor
     """[b] int64: rows with the same number answer the same prompt."""
     truncated: tuple[bool, ...]

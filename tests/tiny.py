@@ -1,4 +1,4 @@
-"""A tiny real Megatron GPT on local gloo ranks: its command line, its start-up, its model. Used by jobs of a RankPool."""
+"""A tiny real Megatron GPT on local gloo ranks: its command line, start-up and model. Used by jobs of a RankPool."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ TINY = {
     "no-bias-swiglu-fusion": True,
     "no-rope-fusion": True,
 }
-"""A model of a few thousand parameters: flags of Megatron's command line, True for a switch. A wide initialisation makes
-its distributions differ visibly from uniform."""
+"""A model of a few thousand parameters: flags of Megatron's command line, True for a switch. A wide initialisation
+makes its distributions differ visibly from uniform."""
 
 
 def command_line(**overrides: Any) -> list[str]:
@@ -67,7 +67,7 @@ def command_line(**overrides: Any) -> list[str]:
 
 @contextlib.contextmanager
 def megatron(quiet: bool = True, **overrides: Any) -> Iterator[Namespace]:
-    """Parsed arguments of a job on this rank, CUDA stand-ins in place; Megatron itself starts in `start()` or `pretrain`."""
+    """Parsed arguments of a job on this rank, CUDA stand-ins in place; Megatron starts in `start()` or `pretrain`."""
     from megatron_hybrid.runtime import cpu
 
     argv = command_line(**overrides)

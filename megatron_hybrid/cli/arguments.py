@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 
+
 class _TurnOn(argparse.Action):
     """`--hybrid` brings the Megatron setting that the hybrid gradient stands on."""
 
@@ -26,8 +27,8 @@ class _TurnOn(argparse.Action):
 def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds `--hybrid` and the `--hybrid-*` flags; an `extra_args_provider` for Megatron's parser.
 
-    `--hybrid` also sets --calculate-per-token-loss: one global normaliser. Without it every other flag here is inert and
-    the run is plain Megatron.
+    `--hybrid` also sets --calculate-per-token-loss: one global normaliser. Without it every other flag here is inert
+    and the run is plain Megatron.
     """
     group = parser.add_argument_group("hybrid", "online imitation and reinforcement at once (arXiv 2512.23097)")
     group.add_argument(
@@ -43,7 +44,9 @@ def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                 default=f.default,
                 choices=f.metadata["choices"],
                 metavar=None if f.metadata["choices"] else kind.__name__.upper(),
-                help=f"{f.metadata['help']} (default: {'unset' if f.default is None else f.default})".replace("%", "%%"),
+                help=f"{f.metadata['help']} (default: {'unset' if f.default is None else f.default})".replace(
+                    "%", "%%"
+                ),
             )
     return parser
 
@@ -63,5 +66,12 @@ def _flag(name: str) -> str:
 
 def _kind(annotation: str) -> type:
     # Optional settings are written `X | None`; the flag takes an X.
-    names = {"float": float, "int": int, "str": str, "<class 'float'>": float, "<class 'int'>": int, "<class 'str'>": str}
+    names = {
+        "float": float,
+        "int": int,
+        "str": str,
+        "<class 'float'>": float,
+        "<class 'int'>": int,
+        "<class 'str'>": str,
+    }
     return names[annotation.removesuffix(" | None")]

@@ -1,7 +1,8 @@
-"""Megatron models as the other rooms use them: response rows of hidden states, head shards, a forward through all stages.
+"""Megatron models as the other rooms use them: response rows of hidden states, head shards, a forward of all stages.
 
-`select_rows` and `head_logits` are what runs inside GPTModel's `output_processor`, on the last pipeline stage: prompt and
-padding positions never meet the LM head. `pipeline_forward` is the plain forward of generation, across any pipeline.
+`select_rows` and `head_logits` are what runs inside GPTModel's `output_processor`, on the last pipeline stage: prompt
+and padding positions never meet the LM head. `pipeline_forward` is the plain forward of generation, across any
+pipeline.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from torch import Tensor
 
 from megatron_hybrid.parallel import ParallelContext
 
-__all__ = ["StaticInferenceContext", "head_logits", "last_position_logits", "pipeline_forward", "select_rows", "unwrap_model"]
+__all__ = [
+    "StaticInferenceContext",
+    "head_logits",
+    "last_position_logits",
+    "pipeline_forward",
+    "select_rows",
+    "unwrap_model",
+]
 
 
 def select_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
@@ -37,7 +45,9 @@ def head_logits(
     return scale_logits(logits).squeeze(1)
 
 
-def last_position_logits(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any) -> Tensor:
+def last_position_logits(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any
+) -> Tensor:
     """An `output_processor`: logits of the last position only, [s, b, h] to [b, v/tp]."""
     return head_logits(hidden_states[-1], output_layer, output_weight, scale_logits)
 

@@ -1,7 +1,7 @@
-"""What the package borrows from `megatron.training`: arguments, writers, tokenizer, and a second model beside the student.
+"""What the package borrows from `megatron.training`: arguments, writers, tokenizer, a second model beside the student.
 
-A second model (the teacher) is built by Megatron from the job's own arguments with the architecture of its checkpoint in
-their place, on the job's own process groups: same TP, PP and VPP, another depth or width. It has no optimizer, no
+A second model (the teacher) is built by Megatron from the job's own arguments with the architecture of its checkpoint
+in their place, on the job's own process groups: same TP, PP and VPP, another depth or width. It has no optimizer, no
 gradient buffers, and its checkpoint loads at any layout.
 """
 
@@ -36,14 +36,15 @@ __all__ = [
 
 # What a checkpoint's arguments say about the model itself; everything else (layout, precision, kernels) is the job's.
 ARCHITECTURE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels "
-    "max_position_embeddings position_embedding_type rotary_base rotary_percent rotary_interleaved "
-    "rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor add_bias_linear add_qkv_bias squared_relu "
-    "swiglu quick_geglu untie_embeddings_and_output_weights apply_layernorm_1p normalization norm_epsilon "
-    "layernorm_epsilon qk_layernorm apply_query_key_layer_scaling softmax_type num_experts moe_layer_freq "
-    "moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax moe_shared_expert_intermediate_size "
-    "moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor"
-).split()
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
+    "kv_channels", "max_position_embeddings", "position_embedding_type", "rotary_base", "rotary_percent",
+    "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
+    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "quick_geglu", "untie_embeddings_and_output_weights",
+    "apply_layernorm_1p", "normalization", "norm_epsilon", "layernorm_epsilon", "qk_layernorm",
+    "apply_query_key_layer_scaling", "softmax_type", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size",
+    "moe_router_topk", "moe_router_pre_softmax", "moe_shared_expert_intermediate_size", "moe_router_score_function",
+    "moe_router_enable_expert_bias", "moe_router_topk_scaling_factor",
+)  # fmt: skip
 
 
 def true_vocab_size() -> int:
@@ -66,7 +67,8 @@ def refuse_unsupported(args: Namespace) -> None:
         )
     if args.sequence_parallel:
         raise ConfigError(
-            "--sequence-parallel is on, but response rows are not gathered over tensor-parallel ranks yet: leave it off."
+            "--sequence-parallel is on, but response rows are not gathered over tensor-parallel ranks yet: leave it "
+            "off."
         )
     if getattr(args, "mtp_num_layers", None):
         raise ConfigError("--mtp-num-layers: multi-token prediction heads have no hybrid loss; train without them.")
@@ -81,8 +83,8 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     if merged.num_layers % stages:
         raise ConfigError(
-            f"the teacher has {merged.num_layers} layers, which {stages} pipeline stages (PP x VPP) cannot share evenly. "
-            "Choose stages that divide the layers of student and teacher."
+            f"the teacher has {merged.num_layers} layers, which {stages} pipeline stages (PP x VPP) cannot share "
+            "evenly. Choose stages that divide the layers of student and teacher."
         )
     return merged
 

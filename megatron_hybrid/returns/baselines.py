@@ -67,8 +67,8 @@ def cost_baseline(cost_to_go: Tensor, mask: Tensor, group_id: Tensor) -> Tensor:
     """
     if cost_to_go.shape != mask.shape or group_id.shape != cost_to_go.shape[:1]:
         raise ShapeError(
-            f"cost_to_go and mask must be [b, s] and group_id [b]; got {list(cost_to_go.shape)}, {list(mask.shape)} and "
-            f"{list(group_id.shape)}."
+            f"cost_to_go and mask must be [b, s] and group_id [b]; got {list(cost_to_go.shape)}, {list(mask.shape)} "
+            f"and {list(group_id.shape)}."
         )
     same = (group_id[:, None] == group_id[None, :]).float()
     peers = same - torch.eye(len(group_id), device=same.device)

@@ -97,8 +97,8 @@ def make_weigh(
         )
     if position_of_token.shape != row_of_token.shape:
         raise ShapeError(
-            f"position_of_token must have one entry per response token, {list(row_of_token.shape)} as row_of_token; got "
-            f"{list(position_of_token.shape)}."
+            f"position_of_token must have one entry per response token, {list(row_of_token.shape)} as row_of_token; "
+            f"got {list(position_of_token.shape)}."
         )
     return CreditAssignment(
         reward_advantage=reward_advantage,

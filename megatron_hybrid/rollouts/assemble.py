@@ -1,4 +1,4 @@
-"""Ragged samples to one RolloutBatch: right-padded tokens, the mask of what was sampled, and the sampler's log-probs."""
+"""Ragged samples to one RolloutBatch: right-padded tokens, the mask of what was sampled, the sampler's log-probs."""
 
 from __future__ import annotations
 

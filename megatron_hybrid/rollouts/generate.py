@@ -127,7 +127,12 @@ class Sampler:
         ]
 
     def _next_token(
-        self, chunks: list[torch.nn.Module], tokens: Tensor, start: int, context: StaticInferenceContext, uniform: Tensor
+        self,
+        chunks: list[torch.nn.Module],
+        tokens: Tensor,
+        start: int,
+        context: StaticInferenceContext,
+        uniform: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One forward over `tokens` [b, new] and a draw from the last position; the same ids on every stage."""
         batch, new = tokens.shape

@@ -27,9 +27,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 _FACTORIES = (
-    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn "
-    "randn_like randperm tensor zeros zeros_like"
-).split()
+    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand",
+    "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
 
 _patches: list[tuple[Any, str, Any]] = []
 _MISSING = object()
@@ -148,7 +148,7 @@ def _cpu_load(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_fusers_uncompiled() -> None:
-    """Replaces what Megatron's `jit_fuser` has compiled by the functions themselves, in every module that holds them."""
+    """Replaces what Megatron's `jit_fuser` has compiled by the functions themselves, in every module that has them."""
     jit = importlib.import_module("megatron.core.jit")
     _put(jit, "jit_fuser", jit.noop_decorator)
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("megatron.core") and m is not None]
@@ -184,11 +184,11 @@ def _with_visible_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         available, count = torch.cuda.is_available, torch.cuda.device_count
-        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1  # type: ignore[assignment]
+        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
         try:
             return function(*args, **kwargs)
         finally:
-            torch.cuda.is_available, torch.cuda.device_count = available, count  # type: ignore[assignment]
+            torch.cuda.is_available, torch.cuda.device_count = available, count
 
     return call
 

@@ -1,4 +1,4 @@
-"""One root seed to every random number of a run: a sample can be drawn again from (seed, step, prompt, sample) alone."""
+"""One root seed to every random number of a run: (seed, step, prompt, sample) is enough to draw a sample again."""
 
 import numpy as np
 

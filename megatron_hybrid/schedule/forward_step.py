@@ -138,9 +138,15 @@ class HybridForwardStep:
             "ignore_index": None,
         }
         result = vocab_parallel_hybrid_loss(
-            student, teacher, batch.targets, weigh=weigh, inplace=torch.is_grad_enabled(), backend=config.backend, **options
+            student,
+            teacher,
+            batch.targets,
+            weigh=weigh,
+            inplace=torch.is_grad_enabled(),
+            backend=config.backend,
+            **options,
         )
-        (imitation, advantage), = weights
+        ((imitation, advantage),) = weights
         self._measure(batch, result, imitation, advantage)
         if self.gradient_norms:
             with torch.no_grad():

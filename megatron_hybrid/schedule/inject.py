@@ -2,8 +2,8 @@
 
 `megatron.training` fetches its schedule with `get_forward_backward_func` and reports a step with `training_log`. Inside
 `injected(hooks)` both names in that one module lead through `Hooks`: rollouts and the teacher pass happen before a
-schedule call, and its micro-batches replace the data iterator. Calls with any other forward step pass through untouched,
-and both originals are put back on exit, whatever happened.
+schedule call, and its micro-batches replace the data iterator. Calls with any other forward step pass through
+untouched, and both originals are put back on exit, whatever happened.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def injected(hooks: Hooks) -> Iterator[None]:
         MegatronMismatch: the installed Megatron is not what this file knows; nothing has been changed then.
     """
     check_megatron()
-    training = importlib.import_module("megatron.training.training")
+    training: Any = importlib.import_module("megatron.training.training")
     get_schedule, training_log = training.get_forward_backward_func, training.training_log
     log_signature = inspect.signature(training_log)
 

@@ -1,7 +1,8 @@
 """A replica's rollouts cut into micro-batches, in the order Megatron's schedule asks for them.
 
-This file holds the only transposition: [b, s] rows of a batch become positions in Megatron's flattened [s, b]. A position
-predicts the token after it, so the last column is never fed and a response token at column t is predicted by t - 1.
+This file holds the only transposition: [b, s] rows of a batch become positions in Megatron's flattened [s, b]. A
+position predicts the token after it, so the last column is never fed and a response token at column t is predicted by t
+- 1.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     draw -> sample -> score -> credit -> annotate -> [Megatron's schedule, gradient, optimizer] -> measure -> report
 
-`OnlineLoop` is what `schedule/inject.py` calls around each schedule call. Nothing here survives a step but the report: the
-position in the prompts is Megatron's own count of consumed samples, and every random number derives from the step, the
-prompt and the sample, so a resumed run goes on exactly.
+`OnlineLoop` is what `schedule/inject.py` calls around each schedule call. Nothing here survives a step but the report:
+the position in the prompts is Megatron's own count of consumed samples, and every random number derives from the step,
+the prompt and the sample, so a resumed run goes on exactly.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class OnlineLoop:
         return rows
 
     def _evaluate_first(self, call: ScheduleCall) -> None:
-        """What the student can do before its first step, by the loop that Megatron runs later, whose calls come here."""
+        """What the student can do before its first step, by the loop that Megatron runs later: its calls come here."""
         if self._step > 0 or not self.args.do_valid:
             return
         evaluate = borrow("megatron.training.training", "evaluate_and_print_results")
@@ -261,7 +261,11 @@ def _finish(values: dict[str, float]) -> dict[str, float]:
     for name in ("actor/grad_norm_dense", "actor/grad_norm_sparse"):
         if name in values:
             values[name] = math.sqrt(max(values[name], 0.0))
-    stages = [values[f"timing_s/{name}"] for name in ("rollout", "reward", "teacher", "update") if f"timing_s/{name}" in values]
+    stages = [
+        values[f"timing_s/{name}"]
+        for name in ("rollout", "reward", "teacher", "update")
+        if f"timing_s/{name}" in values
+    ]
     values["timing_s/step"] = values["perf/time_per_step"] = sum(stages)
     values["perf/throughput"] = values["perf/total_num_tokens"] / max(sum(stages), 1e-9)
     return values

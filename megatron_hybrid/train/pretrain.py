@@ -104,14 +104,14 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     if per_replica % config.group_size:
         raise ConfigError(
             f"--global-batch-size {args.global_batch_size} over {args.data_parallel_size} data-parallel replicas is "
-            f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not be "
-            "split. Change one of the three."
+            f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not "
+            "be split. Change one of the three."
         )
     if config.cost_baseline == "group" and args.micro_batch_size % config.group_size:
         raise ConfigError(
             f"cost_baseline 'group' compares the responses to one prompt at the same position, for which a micro-batch "
-            f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. Use "
-            "a multiple of group_size, or --hybrid-cost-baseline none."
+            f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. "
+            "Use a multiple of group_size, or --hybrid-cost-baseline none."
         )
     room = args.seq_length - online.max_response_length
     if room < 1:
@@ -177,8 +177,8 @@ def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
     if stored.get("vocab_size") not in (None, len(tokenizer)):
         raise DataError(
             f"the teacher in {checkpoint} has a vocabulary of {stored['vocab_size']} tokens, the student's tokenizer "
-            f"{len(tokenizer)}: their distributions cannot be compared token by token. Use a teacher with the student's "
-            "tokenizer."
+            f"{len(tokenizer)}: their distributions cannot be compared token by token. Use a teacher with the "
+            "student's tokenizer."
         )
     theirs = stored.get("hybrid_tokenizer_fingerprint")
     if theirs is None and stored.get("tokenizer_type") == "HuggingFaceTokenizer":
@@ -187,9 +187,9 @@ def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
         theirs = tokenizer_fingerprint(AutoTokenizer.from_pretrained(stored["tokenizer_model"]))
     if theirs is not None and theirs != tokenizer_fingerprint(tokenizer):
         raise DataError(
-            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}) of the same "
-            "size: the same id means different tokens, so imitation would teach noise. Use a teacher with the student's "
-            "tokenizer."
+            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}) of the "
+            "same size: the same id means different tokens, so imitation would teach noise. Use a teacher with the "
+            "student's tokenizer."
         )
     return stored
 

@@ -1,4 +1,4 @@
-"""The gradient of one batch of rollouts is the same number on every layout: real Megatron, its own schedule and finalize."""
+"""The gradient of one batch of rollouts is the same number on every layout: Megatron's own schedule and finalize."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def part(batch: RolloutBatch, rank: int, replicas: int) -> RolloutBatch:
     size = SEQUENCES // replicas
     rows = slice(rank * size, (rank + 1) * size)
     tensors = {
-        name: getattr(batch, name)[rows] for name in ("tokens", "response_mask", "sampled_logprobs", "group_id", "prompts")
+        name: getattr(batch, name)[rows]
+        for name in ("tokens", "response_mask", "sampled_logprobs", "group_id", "prompts")
     }
     return dataclasses.replace(batch, truncated=batch.truncated[rows], responses=batch.responses[rows], **tensors)
 

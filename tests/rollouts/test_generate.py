@@ -43,7 +43,9 @@ def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] =
         prompts = [Prompt(i, ids, "", "task") for i, ids in enumerate(PROMPTS)]
         rollouts = sampler.sample(model, prompts, 3, step=5, seed=1)
 
-        def all_logits(*, hidden_states: Any, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any) -> Any:
+        def all_logits(
+            *, hidden_states: Any, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any
+        ) -> Any:
             s, b, h = hidden_states.shape
             flat = head_logits(hidden_states.reshape(s * b, h), output_layer, output_weight, scale_logits)
             return flat.view(s, b, -1)

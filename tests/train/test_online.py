@@ -1,4 +1,4 @@
-"""Online training end to end on a tiny random model: it learns, every layout trains alike, a resumed run goes on exactly."""
+"""Online training end to end on a tiny random model: it learns, layouts train alike, a resumed run goes on exactly."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def test_imitation_brings_the_held_out_kl_down_and_leaves_a_readable_run(rank_po
 def test_every_layout_trains_alike(rank_pool, folder, size, overrides):
     name = "-".join(map(str, overrides.values())) or "dp"
     if not (folder / "reference" / "metrics.jsonl").exists():
-        rank_pool(1, init=False).run(run, str(folder), with_teacher(folder, "reference", load=f"{folder}/teacher", finetune=True))
+        rank_pool(1, init=False).run(
+            run, str(folder), with_teacher(folder, "reference", load=f"{folder}/teacher", finetune=True)
+        )
     rank_pool(size, init=False).run(
         run, str(folder), with_teacher(folder, name, load=f"{folder}/teacher", finetune=True) | overrides
     )
