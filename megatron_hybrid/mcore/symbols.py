@@ -1,4 +1,4 @@
-"""Every symbol the package borrows from Megatron is fetched here, so that a version that lacks one is told apart by name.
+"""Every symbol the package borrows from Megatron, by name, so that a version that lacks one is told apart at once.
 
 `check_megatron()` looks at all of them before a model is built. README.md in this folder lists them with the reason for
 each.
@@ -14,13 +14,28 @@ from megatron_hybrid.errors import ConfigError, MegatronMismatch
 SEEN_VERSIONS = "0.19.2"
 
 BORROWED: tuple[tuple[str, str], ...] = (
-    ("megatron.core.models.gpt", "GPTModel"),
-    ("megatron.core.inference.contexts", "StaticInferenceContext"),
-    ("megatron.core.pipeline_parallel", "get_forward_backward_func"),
-    ("megatron.core.utils", "unwrap_model"),
+    ("megatron.core.dist_checkpointing", "check_is_distributed_checkpoint"),
     ("megatron.core.dist_checkpointing", "load"),
-    ("megatron.core.dist_checkpointing.serialization", "load_common_state_dict"),
+    ("megatron.core.dist_checkpointing", "load_common_state_dict"),
+    ("megatron.core.dist_checkpointing", "load_tensors_metadata"),
+    ("megatron.core.dist_checkpointing", "save"),
+    ("megatron.core.enums", "ModelType"),
+    ("megatron.core.inference.contexts", "StaticInferenceContext"),
+    ("megatron.core.models.gpt", "GPTModel"),
+    ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
+    ("megatron.core.parallel_state", "destroy_model_parallel"),
+    ("megatron.core.parallel_state", "get_context_parallel_group"),
+    ("megatron.core.parallel_state", "get_data_parallel_group"),
+    ("megatron.core.parallel_state", "get_model_parallel_group"),
+    ("megatron.core.parallel_state", "get_pipeline_model_parallel_group"),
+    ("megatron.core.parallel_state", "get_tensor_model_parallel_group"),
+    ("megatron.core.parallel_state", "initialize_model_parallel"),
+    ("megatron.core.pipeline_parallel", "get_forward_backward_func"),
     ("megatron.core.process_groups_config", "ProcessGroupCollection"),
+    ("megatron.core.tensor_parallel.random", "model_parallel_cuda_manual_seed"),
+    ("megatron.core.transformer", "TransformerConfig"),
+    ("megatron.core.utils", "get_model_config"),
+    ("megatron.core.utils", "unwrap_model"),
     ("megatron.training", "get_args"),
     ("megatron.training.argument_utils", "gpt_config_from_args"),
     ("megatron.training.argument_utils", "pretrain_cfg_container_from_args"),
@@ -33,6 +48,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.training.training", "pretrain"),
     ("megatron.training.training", "training_log"),
 )
+"""(module, name) of everything the package takes from Megatron, sorted; a test reads the package and compares."""
 
 # (module, function, parameters we pass or read by name)
 EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
