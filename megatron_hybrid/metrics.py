@@ -50,6 +50,7 @@ MEANINGS = {
     "perf/time_per_step": "seconds between the ends of two steps",
     "val/score": "held-out reward per response (and /<task>)",
     "val/kl": "held-out reverse KL to the teacher, nats per response token",
+    "val/kl_per_response": "held-out reverse KL of a whole response (trajectory), nats",
     "val/entropy": "held-out entropy, nats per response token",
     "val/response_length": "held-out response length, tokens",
 }

@@ -273,9 +273,12 @@ def _finish(values: dict[str, float]) -> dict[str, float]:
 
 def _held_out_names(values: dict[str, float], tasks: tuple[str, ...]) -> dict[str, float]:
     """The numbers of an evaluation under their held-out names."""
+    kl = values.get("actor/kl_loss", math.nan)
     held_out = {
         "val/score": values["critic/score/mean"],
-        "val/kl": values.get("actor/kl_loss", math.nan),
+        "val/kl": kl,
+        # Sum over tokens per response: the trajectory KL, which is what the objective weighs.
+        "val/kl_per_response": kl * values["response_length/mean"],
         "val/entropy": values.get("actor/entropy", math.nan),
         "val/response_length": values["response_length/mean"],
     }

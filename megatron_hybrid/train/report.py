@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from megatron_hybrid.train import journal, samples, summary
 from megatron_hybrid.train.samples import Sample
@@ -74,6 +75,7 @@ class RunReport:
         self._console = Console(quiet=not console, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         self._step_times_s: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self._last_end_s: float | None = None
+        self._last_samples: Table | None = None
         for name in ("metrics.jsonl", "samples.jsonl"):
             dropped = journal.rewind(self.run_dir / name, start_step)
             if dropped:
@@ -112,14 +114,14 @@ class RunReport:
         self._say(f"held-out after step {step}  {shown}")
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
-        """Keeps the rows in samples.jsonl, makes them samples.md, and shows the first few."""
+        """Keeps the rows in samples.jsonl and makes them samples.md; `finish` shows the first few of the last ones."""
         for row in rows:
             journal.append(self.run_dir / "samples.jsonl", {"step": step, **row.as_record()})
         page = samples.markdown(step, rows)
         journal.write_text(self.run_dir / "samples.md", page)
         if self._tensorboard is not None:
             self._tensorboard.add_text("samples", page, step)
-        self._console.print(samples.table(step, rows))
+        self._last_samples = samples.table(step, rows)
 
     def finish(self, before: Mapping[str, float] | None = None, after: Mapping[str, float] | None = None) -> None:
         """Shows and saves held-out numbers before and after, then draws the plots.
@@ -130,6 +132,8 @@ class RunReport:
         held_out = [r for r in journal.read(self.run_dir / "metrics.jsonl") if r["kind"] == "eval"]
         before = before if before is not None else _numbers(held_out[0]) if held_out else {}
         after = after if after is not None else _numbers(held_out[-1]) if held_out else {}
+        if self._last_samples is not None:
+            self._console.print(self._last_samples)
         changes = summary.compare(before, after)
         if changes:
             journal.write_json(self.run_dir / "summary.json", {c.name: c.as_record() for c in changes})

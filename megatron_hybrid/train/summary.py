@@ -13,6 +13,7 @@ from rich.table import Table
 
 TITLES = {
     "val/kl": "held-out reverse KL, nats/token",
+    "val/kl_per_response": "held-out reverse KL, nats/response",
     "val/score": "held-out reward",
     "val/entropy": "entropy, nats/token",
     "val/response_length": "response length, tokens",
@@ -50,7 +51,7 @@ def compare(before: Mapping[str, float], after: Mapping[str, float]) -> list[Cha
     """One row per name in either mapping: KL, reward, reward per task, entropy, length, then the rest."""
     names = {**before, **after}
     tasks = sorted(n for n in names if n.startswith(TASK_PREFIX))
-    ordered = ["val/kl", "val/score", *tasks, "val/entropy", "val/response_length"]
+    ordered = ["val/kl", "val/kl_per_response", "val/score", *tasks, "val/entropy", "val/response_length"]
     ordered = [n for n in ordered if n in names] + [n for n in names if n not in ordered]
     return [Change(n, _title(n), before.get(n), after.get(n)) for n in ordered]
 
