@@ -7,6 +7,7 @@ each.
 import importlib
 import importlib.util
 import inspect
+from importlib.machinery import PathFinder
 from typing import Any
 
 from megatron_hybrid.errors import ConfigError, MegatronMismatch
@@ -112,9 +113,11 @@ def check_apex() -> None:
     Raises:
         ConfigError: an `apex` without NVIDIA's modules is installed.
     """
-    if importlib.util.find_spec("apex") is None:
+    apex = importlib.util.find_spec("apex")
+    if apex is None:
         return
-    if importlib.util.find_spec("apex.multi_tensor_apply") is None:
+    # Looked for in its folder, not imported: the toolkit's own code need not even run on this Python.
+    if PathFinder.find_spec("apex.multi_tensor_apply", apex.submodule_search_locations or []) is None:
         raise ConfigError(
             "the installed package 'apex' is not NVIDIA Apex: it has no apex.multi_tensor_apply. PyPI's 'apex' is an "
             "unrelated web toolkit. Run `pip uninstall apex`; NVIDIA's comes with NGC images or from source, and "

@@ -17,7 +17,7 @@ EDGES = torch.tensor([0.0, 0.999999, 1 - 2**-53], dtype=torch.float64)
 
 
 def grid(count: int = GRID) -> Tensor:
-    """The middles of `count` equal parts of [0, 1): a token of probability p is drawn count * p times, give or take one."""
+    """The middles of `count` equal parts of [0, 1): probability p gives count * p draws, give or take one."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 

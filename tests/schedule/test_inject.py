@@ -1,4 +1,4 @@
-"""Inside the block Megatron's schedule call and step log lead through the hooks; after it, and on any error, they do not."""
+"""Inside the block Megatron's schedule call and step log lead through the hooks; after it, or an error, they do not."""
 
 from __future__ import annotations
 

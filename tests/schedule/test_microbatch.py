@@ -1,4 +1,4 @@
-"""The only transposition: [b, s] rollouts to rows of Megatron's flattened [s, b], each predicting the token after it."""
+"""The only transposition: [b, s] rollouts to rows of Megatron's flattened [s, b], which predict the next token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rollouts() -> RolloutBatch:
 
 
 def cut(batch: RolloutBatch, size: int, aggregation: str = "seq-mean-token-sum") -> list[HybridMicrobatch]:
-    """Micro-batches whose credit says where it was asked for: (row of the batch, column) of each token as its two weights."""
+    """Micro-batches whose credit is where it was asked for: row of the batch and column of each token."""
 
     def credit_for(rows: slice, sequence: Tensor, column: Tensor):
         return lambda stats: (rows.start + sequence.float(), column.float())
