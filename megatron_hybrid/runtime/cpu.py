@@ -207,6 +207,8 @@ def enable() -> bool:
         return True
     if torch.cuda.is_available():
         return False
+    # Loaded while torch is still itself: Megatron brings in torch._dynamo, which would keep the stand-ins for ever.
+    importlib.import_module("megatron.training.training")
     try:
         _patch_torch()
         _patch_megatron()
