@@ -43,11 +43,11 @@ hybrid=(
     --hybrid --hybrid-teacher-load "$teacher"
     --hybrid-prompts "reasoning_gym:calendar_arithmetic,syllogism,time_intervals,count_primes" --hybrid-system-prompt ""
     --hybrid-group-size 4 --hybrid-max-response-length 16
-    --hybrid-reward-weight 2 --hybrid-imitation-weight 1 --hybrid-discount 0.5
+    --hybrid-reward-weight 1 --hybrid-imitation-weight 1 --hybrid-discount 0.5
     --hybrid-run-dir "$run"
 )
 training=(
-    --bf16 --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 60
+    --bf16 --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 75
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.01 --adam-beta2 0.95 --clip-grad 1
     --eval-iters 4 --eval-interval 1000
     --save "$run/checkpoints" --save-interval 1000 --ckpt-format torch_dist --no-save-optim --no-save-rng
@@ -62,5 +62,16 @@ cpu=(
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-rope-fusion
 )
 
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megatron_hybrid.cli.train \
-    "${model[@]}" "${hybrid[@]}" "${training[@]}" "${logging[@]}" "${cpu[@]}" "$@"
+# Megatron's own output goes to a log; the console keeps what the run reports.
+mkdir -p "$run"
+log="$run/train.log"
+printf 'training, about 8 minutes on 2 cores; everything Megatron says is in %s\n' "$log"
+status=0
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megatron_hybrid.cli.train \
+    "${model[@]}" "${hybrid[@]}" "${training[@]}" "${logging[@]}" "${cpu[@]}" "$@" 2>&1 |
+    tee "$log" | grep --line-buffered -E '^(step|held-out|before and after|samples after|[0-9]+ figures|[┏┡└├│┃┗┠╇])|jsonl: ' || status="${PIPESTATUS[0]}"
+if ((status)); then
+    grep -E '^(error|(\[rank[0-9]+\]: )?[A-Za-z_.]*Error):' "$log" | sort -u >&2 || true
+    printf 'the run failed with status %s; the whole story is in %s\n' "$status" "$log" >&2
+fi
+exit "$status"

@@ -7,20 +7,31 @@ checkpoints; `--hybrid-*` flags the method, prompts and teacher. On a machine wi
 
 from __future__ import annotations
 
+import os
+import sys
+
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
 
 def main() -> None:
-    """Parses, checks, trains."""
+    """Parses, checks, trains; a mistake in settings or data ends with one sentence and status 1."""
+    if "RANK" not in os.environ:  # started by hand, not by a launcher
+        os.environ.update({name: os.environ.get(name, value) for name, value in SINGLE_PROCESS.items()})
+
     import megatron_hybrid as mh
+    from megatron_hybrid.errors import HybridError
 
     mh.cpu.enable()
+    try:
+        from megatron_hybrid.mcore.symbols import borrow
 
-    from megatron_hybrid.mcore.symbols import borrow
-
-    args = borrow("megatron.training.arguments", "parse_and_validate_args")(mh.add_hybrid_args)
-    model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
-    container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)
-    model_type = borrow("megatron.core.enums", "ModelType").encoder_or_decoder
-    mh.pretrain_hybrid(container, None, model_type, mh.HybridForwardStep())
+        args = borrow("megatron.training.arguments", "parse_and_validate_args")(mh.add_hybrid_args)
+        model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
+        container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)
+        model_type = borrow("megatron.core.enums", "ModelType").encoder_or_decoder
+        mh.pretrain_hybrid(container, None, model_type, mh.HybridForwardStep())
+    except HybridError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,10 @@ class OnlineLoop:
             metrics.max(f"timing_s/{name}", seconds)
         for name, key in (("actor/grad_norm", "grad_norm"), ("actor/lr", "learning_rate")):
             metrics.max(name, math.nan if record[key] is None else float(record[key]))
+        for name, value in record["loss_dict"].items():
+            metrics.max(name, value)  # Megatron has reduced them
         metrics.sum("training/skipped_steps", float(record["skipped_iter"]))
+        metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
         values = _finish(metrics.reduce(self.parallel.dp.group))
         if self.report is not None:
             self.report.step(self._step, values)
