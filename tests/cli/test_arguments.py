@@ -1,0 +1,135 @@
+"""Every setting is a flag with the setting's own default, beside Megatron's flags and inert without --hybrid."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field, fields
+from typing import Any
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_hybrid.cli.arguments import add_hybrid_args, hybrid_config_from_args
+from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.errors import ConfigError
+
+SETTINGS = [(config, f) for config in (HybridConfig, OnlineConfig) for f in fields(config)]
+every_setting = pytest.mark.parametrize(("config", "field"), SETTINGS, ids=[f.name for _, f in SETTINGS])
+
+# Valid together with all other defaults, and no setting's own default.
+OTHER: dict[str, Any] = {
+    "reward_weight": 0.25,
+    "imitation_weight": 0.0,
+    "discount": 0.5,
+    "future_cost": "sampled",
+    "baseline": "none",
+    "cost_baseline": "none",
+    "group_size": 7,
+    "aggregation": "token-mean",
+    "student_temperature": 0.7,
+    "teacher_temperature": 1.3,
+    "teacher_logit_floor": -50.5,
+    "prompts": "reasoning_gym:chain_sum",
+    "eval_prompts": "held out.jsonl",
+    "system_prompt": "",
+    "max_response_length": 5,
+    "rollout_batch_size": 6,
+    "teacher_load": "/a/teacher",
+    "run_dir": "runs/other",
+    "samples_interval": 3,
+}
+
+
+def flag(field: Field[Any]) -> str:
+    return "--hybrid-" + field.name.replace("_", "-")
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--calculate-per-token-loss", action="store_true")  # Megatron's
+    return add_hybrid_args(parser).parse_args(argv)
+
+
+@every_setting
+def test_a_flag_has_the_default_of_its_field(config, field):
+    args = parse()
+    assert getattr(args, f"hybrid_{field.name}") == field.default
+    assert getattr(config.from_args(args), field.name) == field.default
+
+
+@every_setting
+def test_a_flag_round_trips_and_touches_no_other_setting(config, field):
+    if field.metadata["choices"] is not None and len(field.metadata["choices"]) == 1:
+        pytest.skip("one choice only")
+    value = OTHER[field.name]
+    assert value != field.default
+    given = config.from_args(parse("--hybrid", flag(field), str(value)))
+    assert given == config(**{field.name: value})
+    # An equal float of another type would slip through the line above.
+    assert type(getattr(given, field.name)) is type(value)
+
+
+def test_settings_of_both_kinds_have_different_names():
+    names = [f.name for _, f in SETTINGS]
+    assert len(set(names)) == len(names)
+
+
+def test_a_choice_that_does_not_exist_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        parse("--hybrid-baseline", "rlo")
+    told = capsys.readouterr().err
+    assert all(name in told for name in ("none", "rloo", "grpo"))
+
+
+def test_hybrid_brings_the_global_normaliser():
+    assert parse("--hybrid").calculate_per_token_loss is True
+    assert parse("--hybrid").hybrid is True
+
+
+def test_without_hybrid_megatrons_own_setting_stays():
+    assert parse("--hybrid-discount", "0.5").calculate_per_token_loss is False
+    assert parse("--calculate-per-token-loss").calculate_per_token_loss is True
+    assert parse().hybrid is False
+
+
+def test_without_hybrid_there_is_no_method_and_nothing_is_validated():
+    assert hybrid_config_from_args(parse("--hybrid-discount", "7")) is None
+    assert hybrid_config_from_args(argparse.Namespace()) is None
+
+
+def test_with_hybrid_the_method_is_read_and_validated():
+    config = hybrid_config_from_args(parse("--hybrid", "--hybrid-discount", "0.5"))
+    assert config == HybridConfig(discount=0.5)
+    with pytest.raises(ConfigError, match=r"discount \(gamma\) must lie in \[0, 1\], got 7"):
+        hybrid_config_from_args(parse("--hybrid", "--hybrid-discount", "7"))
+
+
+@pytest.fixture(scope="module")
+def whole_parser():
+    # argparse itself raises where two flags have one name.
+    return add_hybrid_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def test_no_flag_collides_with_megatrons(whole_parser):
+    flags = [option for action in whole_parser._actions for option in action.option_strings]
+    ours = {"--hybrid"} | {flag(f) for _, f in SETTINGS}
+    assert ours <= set(flags)
+    assert len(set(flags)) == len(flags)
+
+
+def test_no_destination_is_shared_with_megatrons(whole_parser):
+    ours = {"hybrid"} | {f"hybrid_{f.name}" for _, f in SETTINGS}
+    assert sorted(a.dest for a in whole_parser._actions if a.dest in ours) == sorted(ours)
+
+
+def test_hybrid_sets_the_name_that_megatron_reads(whole_parser):
+    (action,) = [a for a in whole_parser._actions if "--calculate-per-token-loss" in a.option_strings]
+    assert action.dest == "calculate_per_token_loss"
+
+
+def test_help_names_every_flag_with_its_default():
+    parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=10_000))
+    text = add_hybrid_args(parser).format_help()
+    for _, f in SETTINGS:
+        assert f"{flag(f)} " in text
+        assert f"(default: {'unset' if f.default is None else f.default})" in text
