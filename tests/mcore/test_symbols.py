@@ -13,6 +13,7 @@ from megatron.training import training
 from megatron_hybrid.errors import ConfigError, MegatronMismatch
 from megatron_hybrid.mcore.symbols import (
     BORROWED,
+    EXPECTED_PARAMETERS,
     SEEN_VERSIONS,
     borrow,
     check_apex,
@@ -50,10 +51,12 @@ def test_a_mismatch_is_caught_as_an_import_error():
         borrow("megatron.core", "no_such_name")
 
 
-@pytest.mark.parametrize("missing", ["learning_rate", "iteration", "skipped_iter", "grad_norm"])
+LOG_PARAMETERS = next(expected for _, name, expected in EXPECTED_PARAMETERS if name == "training_log")
+
+
+@pytest.mark.parametrize("missing", LOG_PARAMETERS)
 def test_a_log_without_a_parameter_we_read_is_refused(monkeypatch, missing):
-    names = [name for name in ("learning_rate", "iteration", "skipped_iter", "grad_norm") if name != missing]
-    monkeypatch.setattr(training, "training_log", function(*names))
+    monkeypatch.setattr(training, "training_log", function(*(name for name in LOG_PARAMETERS if name != missing)))
     with pytest.raises(MegatronMismatch, match=f"training_log of megatron-core .* has no parameter {missing}, which"):
         check_megatron()
 

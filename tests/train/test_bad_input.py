@@ -1,0 +1,271 @@
+"""Each mistake in settings, prompts or teacher ends before a model is built: what was wrong, why, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.online_jobs import WORDS, make_prompts, make_tokenizer, run
+
+
+def attempt(folder: str, overrides: dict[str, Any], environment: dict[str, str], plain: bool) -> tuple[str, str, bool]:
+    """An online run up to Megatron's `pretrain`: (type of the error, its text, whether pretrain was called)."""
+    from megatron.training import training
+
+    import megatron_hybrid as mh
+    from megatron_hybrid.errors import HybridError
+    from tests.pretrain_jobs import stock_forward_step
+
+    reached = []
+
+    @functools.wraps(training.pretrain)
+    def pretrain(*args: Any, **kwargs: Any) -> None:
+        reached.append(True)
+
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(training, "pretrain", pretrain))
+        stack.enter_context(mock.patch.dict(os.environ, environment))
+        stack.enter_context(contextlib.redirect_stderr(said))
+        if plain:
+            stack.enter_context(mock.patch.object(mh, "HybridForwardStep", lambda: stock_forward_step))
+        try:
+            run(folder, overrides)
+        except HybridError as error:
+            return type(error).__name__, str(error), bool(reached)
+        except SystemExit:
+            return "SystemExit", said.getvalue(), bool(reached)
+    return "nothing", "", bool(reached)
+
+
+def save_arguments(folder: str, arguments: dict[str, Any]) -> None:
+    """A torch_dist checkpoint with a teacher's arguments and no tensors: the refusals read nothing else."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_hybrid.mcore.checkpoint_io import single_rank
+
+    inner = Path(folder, "release")
+    inner.mkdir(parents=True)
+    with single_rank():
+        dist_checkpointing.save({"args": Namespace(**arguments)}, str(inner))
+    Path(folder, "latest_checkpointed_iteration.txt").write_text("release\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, rank_pool):
+    """A good tokenizer and good prompts, and one of each kind that is not."""
+    from transformers import AutoTokenizer
+
+    from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
+
+    path = tmp_path_factory.mktemp("bad")
+    make_tokenizer(path / "tokenizer")
+    make_prompts(path / "prompts.jsonl")
+    good = '{"prompt": "w1", "answer": "w2"}\n'
+    (path / "empty.jsonl").write_text("\n")
+    (path / "malformed.jsonl").write_text(good + good + '{"prompt": "w1", "answer": }\n')
+    (path / "no_answer.jsonl").write_text(good + '{"prompt": "w1", "solution": "w2"}\n')
+    (path / "long.jsonl").write_text(good + '{"prompt": "w1 w2 w3", "answer": "w2"}\n')
+    reordered = make_tokenizer(path / "reordered", WORDS[::-1])
+    same = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path / "tokenizer"))
+    other = tokenizer_fingerprint(AutoTokenizer.from_pretrained(reordered))
+    size = len(WORDS) + 2
+    pool = rank_pool(1, init=False)
+    for name, arguments in {
+        "fitting": {"vocab_size": size, "hybrid_tokenizer_fingerprint": same},
+        "other_ids": {"vocab_size": size, "hybrid_tokenizer_fingerprint": other, "tokenizer_model": "their/tokenizer"},
+        "other_ids_by_folder": {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(reordered)},
+        "other_size": {"vocab_size": size + 3, "hybrid_tokenizer_fingerprint": same},
+    }.items():
+        pool.run(save_arguments, str(path / name), arguments)
+    (path / "no_checkpoint").mkdir()
+    return path
+
+
+REWARD_ONLY = {"hybrid_imitation_weight": 0}
+CASES = [
+    # The method.
+    (
+        "group of one",
+        {"hybrid_group_size": 1},
+        "ConfigError",
+        "'rloo' .*group_size is 1: .*Use group_size >= 2, or base",
+    ),
+    ("discount above 1", {"hybrid_discount": 1.5}, "ConfigError", r"must lie in \[0, 1\], got 1.5: .*Use 1 for"),
+    (
+        "negative weight",
+        {"hybrid_reward_weight": -2},
+        "ConfigError",
+        "must be a finite number >= 0, got -2.0: .*Change",
+    ),
+    ("aggregation", {"hybrid_aggregation": "token_mean"}, "SystemExit", "invalid choice: 'token_mean'.*token-mean"),
+    # Sizes.
+    (
+        "batch that cuts groups",
+        {"global_batch_size": 6, "micro_batch_size": 6},
+        "ConfigError",
+        "--global-batch-size 6 over 1 .* is 6 responses each, .*no multiple of group_size 4: .*Change",
+    ),
+    (
+        "micro-batch that cuts groups",
+        {"micro_batch_size": 2},
+        "ConfigError",
+        "--micro-batch-size is 2, group_size 4. Use a multiple of group_size, or --hybrid-cost-baseline none",
+    ),
+    (
+        "no room to answer",
+        {"hybrid_max_response_length": 16},
+        "ConfigError",
+        "--seq-length 16 leaves no room to answer: .* 16 tokens .*leaves 0 for the prompt. Raise one or lower",
+    ),
+    # Prompts.
+    (
+        "long prompt",
+        {"seq_length": 5, "hybrid_prompts": "{folder}/long.jsonl"},
+        "DataError",
+        "1 of 2 prompts are longer than 2 tokens; the longest has 3 .*raise the sequence length",
+    ),
+    ("empty file", {"hybrid_prompts": "{folder}/empty.jsonl"}, "DataError", "empty.jsonl holds no questions: expected"),
+    (
+        "malformed line",
+        {"hybrid_prompts": "{folder}/malformed.jsonl"},
+        "DataError",
+        "1 of 3 lines cannot be used. Expected .*line 3: not JSON .*at column 28",
+    ),
+    (
+        "line without an answer",
+        {"hybrid_prompts": "{folder}/no_answer.jsonl"},
+        "DataError",
+        "line 2: no 'answer' field .it has 'prompt', 'solution'",
+    ),
+    (
+        "missing file",
+        {"hybrid_prompts": "{folder}/none.jsonl"},
+        "DataError",
+        "none.jsonl: No such file.* Give a readable",
+    ),
+    ("not a form we know", {"hybrid_prompts": "questions.txt"}, "ConfigError", "ends in .jsonl, got 'questions.txt'"),
+    (
+        "unknown task",
+        {"hybrid_prompts": "reasoning_gym:chain_sums"},
+        "ConfigError",
+        "has no task 'chain_sums'. Did you mean 'chain_sum'",
+    ),
+    (
+        "nothing held out",
+        {"eval_iters": 1},
+        "ConfigError",
+        "--eval-iters is 1, but nothing is held out of .*--hybrid-eval-prompts another file, or set --eval-iters 0",
+    ),
+    (
+        "everything held out",
+        {"eval_iters": 1, "hybrid_eval_prompts": "{folder}/prompts.jsonl"},
+        "DataError",
+        "every question of .* is also held out, .*use different files",
+    ),
+    # The teacher.
+    (
+        "no teacher",
+        {"hybrid_imitation_weight": 0.5},
+        "ConfigError",
+        "imitation_weight is 0.5, but there is no teacher .*--hybrid-teacher-load, or set --hybrid-imitation-weight 0",
+    ),
+    (
+        "teacher with other ids",
+        {"hybrid_teacher_load": "{folder}/other_ids"},
+        "DataError",
+        r"other_ids was made with another tokenizer \(their/tokenizer\) .*Use a teacher with the student's",
+    ),
+    (
+        "teacher with other ids in its folder",
+        {"hybrid_teacher_load": "{folder}/other_ids_by_folder"},
+        "DataError",
+        "was made with another tokenizer .*reordered",
+    ),
+    (
+        "teacher of another size",
+        {"hybrid_teacher_load": "{folder}/other_size"},
+        "DataError",
+        "has a vocabulary of 19 tokens, the student's tokenizer 16: .*Use a teacher with the student's",
+    ),
+    (
+        "folder without a checkpoint",
+        {"hybrid_teacher_load": "{folder}/no_checkpoint"},
+        "DataError",
+        "no_checkpoint is no torch_dist checkpoint: .* was expected. Save with --ckpt-format torch_dist, or convert",
+    ),
+    (
+        "folder that is not there",
+        {"hybrid_teacher_load": "{folder}/nowhere"},
+        "DataError",
+        "nowhere is no torch_dist checkpoint: .*was expected",
+    ),
+    # The job.
+    (
+        "no chat tokenizer",
+        {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 61},
+        "ConfigError",
+        "--tokenizer-type is NullTokenizer: .*--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER",
+    ),
+]
+
+
+def refused(folder: Path, pool: Any, overrides: dict[str, Any], *, plain: bool = False, **env: str) -> tuple[str, str]:
+    """Type and text of the error, which must have come before `pretrain` and left no run folder."""
+    filled = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in (REWARD_ONLY | overrides).items()}
+    kind, text, reached = pool.run(attempt, str(folder), filled, env, plain)[0]
+    assert not reached, "a model would have been built"
+    assert not (folder / "run").exists()
+    return kind, " ".join(text.split())
+
+
+@pytest.mark.parametrize(("overrides", "kind", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_a_mistake_is_found_before_a_model_is_built(rank_pool, folder, overrides, kind, message):
+    got, text = refused(folder, rank_pool(1, init=False), overrides)
+    assert got == kind, text
+    assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "--sequence-parallel is on, but .*leave it off",
+        ),
+        ({"context_parallel_size": 2}, "--context-parallel-size is 2, but .*use 1"),
+    ],
+    ids=["sequence parallel", "context parallel"],
+)
+def test_a_layout_the_hybrid_path_cannot_honour_is_refused(rank_pool, folder, overrides, message):
+    # Megatron itself drops these flags in a job of one rank.
+    got, text = refused(folder, rank_pool(1, init=False), overrides, WORLD_SIZE="2")
+    assert got == "ConfigError", text
+    assert re.search(message, text), text
+
+
+def test_a_plain_function_as_forward_step_is_refused(rank_pool, folder):
+    got, text = refused(folder, rank_pool(1, init=False), {}, plain=True)
+    assert got == "ConfigError"
+    assert re.search("forward_step_func is function: .*Pass HybridForwardStep", text), text
+
+
+@pytest.mark.parametrize(
+    "overrides", [REWARD_ONLY, {"hybrid_teacher_load": "{folder}/fitting"}], ids=["alone", "teacher"]
+)
+def test_good_input_reaches_megatron(rank_pool, folder, overrides):
+    """Otherwise everything above could be refused for a reason of the test's own."""
+    filled = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in overrides.items()}
+    kind, text, reached = rank_pool(1, init=False).run(attempt, str(folder), filled, {}, False)[0]
+    assert (kind, reached) == ("nothing", True), text
+    shutil.rmtree(folder / "run", ignore_errors=True)
