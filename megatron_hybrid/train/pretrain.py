@@ -70,6 +70,7 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
 
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
     arguments.dataloader_type = "external"  # iterators are handed over as they are
+    forward_step.get_batch = next  # of micro-batches made from rollouts, which the script's own get_batch does not know
     with ExitStack() as stack:
         provider = _provider(stack, prepared, arguments, forward_step)
         call.arguments["train_valid_test_dataset_provider"] = provider
