@@ -12,7 +12,7 @@ from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, Toke
 from megatron_hybrid.schedule.microbatch import microbatches
 
 BORDERS = (2, 1, 3, 2)
-LENGTHS = (2, 3, 0, 4)
+LENGTHS = (2, 4, 0, 4)
 WIDTH = 6
 
 
@@ -49,9 +49,9 @@ def cut(batch: RolloutBatch, size: int, aggregation: str = "seq-mean-token-sum")
 
 def test_rows_and_targets_by_hand():
     first, second = cut(rollouts(), 2)
-    # Row 0 answers in columns 2, 3, row 1 in columns 1, 2, 3: predicted by t - 1, at (t - 1) * 2 + row.
-    assert first.token_rows.tolist() == [0 * 2 + 1, 1 * 2 + 0, 1 * 2 + 1, 2 * 2 + 0, 2 * 2 + 1]
-    assert first.targets.tolist() == [11, 2, 12, 3, 13]
+    # Row 0 answers in columns 2 and 3, row 1 in columns 1 to 4: predicted by t - 1, at (t - 1) * 2 + row.
+    assert first.token_rows.tolist() == [0 * 2 + 1, 1 * 2 + 0, 1 * 2 + 1, 2 * 2 + 0, 2 * 2 + 1, 3 * 2 + 1]
+    assert first.targets.tolist() == [11, 2, 12, 3, 13, 14]
     # Row 2 of the batch has no response; row 3 answers in columns 2 to 5 and is sequence 1 here.
     assert second.token_rows.tolist() == [1 * 2 + 1, 2 * 2 + 1, 3 * 2 + 1, 4 * 2 + 1]
     assert second.targets.tolist() == [32, 33, 34, 35]
@@ -95,9 +95,9 @@ def test_credit_is_asked_with_rows_of_the_batch_and_columns_of_the_tokens():
 @pytest.mark.parametrize(
     ("aggregation", "counts", "scales"),
     [
-        ("seq-mean-token-sum", [2, 1], [[1.0] * 5, [1.0] * 4]),
-        ("token-mean", [5, 4], [[1.0] * 5, [1.0] * 4]),
-        ("seq-mean-token-mean", [2, 1], [[1 / 3, 1 / 2, 1 / 3, 1 / 2, 1 / 3], [1 / 4] * 4]),
+        ("seq-mean-token-sum", [2, 1], [[1.0] * 6, [1.0] * 4]),
+        ("token-mean", [6, 4], [[1.0] * 6, [1.0] * 4]),
+        ("seq-mean-token-mean", [2, 1], [[1 / 4, 1 / 2, 1 / 4, 1 / 2, 1 / 4, 1 / 4], [1 / 4] * 4]),
     ],
 )
 def test_count_and_scale_of_each_token_by_hand(aggregation, counts, scales):
