@@ -53,7 +53,11 @@ BORROWED: tuple[tuple[str, str], ...] = (
 
 # (module, function, parameters we pass or read by name)
 EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("megatron.training.training", "training_log", ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm")),
+    (
+        "megatron.training.training",
+        "training_log",
+        ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),
+    ),
     ("megatron.training.training", "pretrain", ("train_valid_test_dataset_provider", "forward_step_func")),
 )
 
