@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("--save", type=Path, required=True, help="folder to make")
     back.add_argument("--tokenizer", help="Hugging Face folder of the tokenizer; default: the one the checkpoint names")
 
-    both = commands.add_parser("compare", help="logits of a Hugging Face folder and a Megatron checkpoint, side by side")
+    both = commands.add_parser(
+        "compare", help="logits of a Hugging Face folder and a Megatron checkpoint, side by side"
+    )
     both.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
     both.add_argument("--megatron", type=Path, required=True, help="Megatron checkpoint made from it")
     return main

@@ -5,8 +5,8 @@ from pathlib import Path
 from megatron_hybrid.errors import DataError
 
 TOLERANCE = 1e-5
-"""Of the largest logit. Two implementations of one network differ in fp32 by the order of their sums, about sqrt(terms x
-layers) roundings of 6e-8 (seen: 1e-6 for tiny models, 2e-6 for SmolLM2); a wrong epsilon, rotary base or head order
+"""Of the largest logit. Two implementations of one network differ in fp32 by the order of their sums, about sqrt(terms
+x layers) roundings of 6e-8 (seen: 1e-6 for tiny models, 2e-6 for SmolLM2); a wrong epsilon, rotary base or head order
 moves logits by 1e-2 and more."""
 
 TEXT = "The cat sat on the mat, and 12 + 30 = 42."
@@ -30,7 +30,8 @@ def compare_logits(hf_folder: str | Path, megatron_folder: str | Path, *, text: 
     difference = ((megatron_logits(state, args, tokens) - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
         raise DataError(
-            f"the logits of {megatron_folder} differ from those of {hf_folder} by {difference:.1e} of the largest, more "
-            f"than rounding ({TOLERANCE:.0e}): one of them is not the other's conversion, or an argument is missing."
+            f"the logits of {megatron_folder} differ from those of {hf_folder} by {difference:.1e} of the largest, "
+            f"more than rounding ({TOLERANCE:.0e}): one of them is not the other's conversion, or an argument is "
+            "missing."
         )
     return difference

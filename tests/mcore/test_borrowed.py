@@ -99,7 +99,7 @@ def test_the_list_is_sorted_and_has_nothing_twice():
     assert list(symbols.BORROWED) == sorted(set(symbols.BORROWED))
 
 
-@pytest.mark.parametrize(("module", "name"), symbols.BORROWED, ids=".".join)
+@pytest.mark.parametrize(("module", "name"), symbols.BORROWED)
 def test_the_readme_gives_a_reason_for_each_symbol(module, name):
     rows = [
         line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{module}.{name}` |")
