@@ -41,7 +41,7 @@ model=(
 )
 hybrid=(
     --hybrid --hybrid-teacher-load "$teacher"
-    --hybrid-prompts "reasoning_gym:calendar_arithmetic,syllogism,time_intervals,count_primes" --hybrid-system-prompt ""
+    --hybrid-prompts "reasoning_gym:calendar_arithmetic,count_primes,syllogism,time_intervals" --hybrid-system-prompt ""
     --hybrid-group-size 4 --hybrid-max-response-length 16
     --hybrid-reward-weight 1 --hybrid-imitation-weight 1 --hybrid-discount 0.5
     --hybrid-run-dir "$run"

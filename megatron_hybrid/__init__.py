@@ -46,7 +46,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     home = _HOMES[name]
-    module = import_module(f"{__name__}.{home}")
+    try:
+        module = import_module(f"{__name__}.{home}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "megatron":
+            raise
+        from megatron_hybrid.mcore.symbols import mismatch
+
+        raise mismatch(error.name or "megatron", error) from error
     value = module if home.rpartition(".")[2] == name else getattr(module, name)
     globals()[name] = value
     return value

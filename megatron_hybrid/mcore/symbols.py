@@ -79,10 +79,15 @@ def borrow(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise MegatronMismatch(
-            f"megatron-core {megatron_version()} has no {module}.{name} ({error}). This package was seen to work with "
-            f"megatron-core {SEEN_VERSIONS}: install that version, or adapt megatron_hybrid/mcore."
-        ) from error
+        raise mismatch(f"{module}.{name}", error) from error
+
+
+def mismatch(what: str, error: Exception) -> MegatronMismatch:
+    """The error that names what the installed Megatron lacks."""
+    return MegatronMismatch(
+        f"megatron-core {megatron_version()} has no {what} ({error}). This package was seen to work with "
+        f"megatron-core {SEEN_VERSIONS}: install that version, or adapt megatron_hybrid/mcore."
+    )
 
 
 def check_parameters(path: str, function: Any, expected: tuple[str, ...]) -> None:

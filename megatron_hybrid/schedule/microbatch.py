@@ -21,23 +21,29 @@ count from the start of the micro-batch and of the sequence."""
 
 
 def microbatches(
-    rollouts: RolloutBatch, *, micro_batch_size: int, aggregation: str, credit_for: CreditFor
+    rollouts: RolloutBatch, *, micro_batch_size: int, aggregation: str, credit_for: CreditFor, same_width: bool = True
 ) -> list[HybridMicrobatch]:
-    """Consecutive rows, `micro_batch_size` at a time, all of the batch's width.
+    """Consecutive rows, `micro_batch_size` at a time.
 
-    Every micro-batch has the same sequence length, which pipeline stages rely on: `tokens.shape[1]`.
+    same_width  True: all as wide as the batch, which pipeline stages rely on. False: each as wide as its longest row
     """
     rows = rollouts.tokens.shape[0]
     if rows % micro_batch_size:
         raise AssertionError(f"{rows} rollouts do not divide into micro-batches of {micro_batch_size}")
     return [
-        _microbatch(rollouts, slice(first, first + micro_batch_size), aggregation, credit_for)
+        _microbatch(rollouts, slice(first, first + micro_batch_size), aggregation, credit_for, same_width)
         for first in range(0, rows, micro_batch_size)
     ]
 
 
-def _microbatch(rollouts: RolloutBatch, rows: slice, aggregation: str, credit_for: CreditFor) -> HybridMicrobatch:
+def _microbatch(
+    rollouts: RolloutBatch, rows: slice, aggregation: str, credit_for: CreditFor, same_width: bool
+) -> HybridMicrobatch:
     tokens, mask = rollouts.tokens[rows], rollouts.response_mask[rows]
+    if not same_width:
+        # Nothing behind the last response token of any row is read; two columns make one position and its target.
+        last = int(mask.any(dim=0).nonzero().max()) if bool(mask.any()) else 1
+        tokens, mask = tokens[:, : last + 1], mask[:, : last + 1]
     batch, width = tokens.shape
     # Ascending in the flattened [s, b]: position first, then sequence.
     predictor, sequence = mask[:, 1:].T.nonzero(as_tuple=True)

@@ -141,7 +141,11 @@ class OnlineLoop:
         self._clock.lap("reward")
         credit = self._no_credit if evaluation else self._credit(rollouts, rewards)
         batches = microbatches(
-            rollouts, micro_batch_size=micro_batch_size, aggregation=self.config.aggregation, credit_for=credit
+            rollouts,
+            micro_batch_size=micro_batch_size,
+            aggregation=self.config.aggregation,
+            credit_for=credit,
+            same_width=self.parallel.pp.size > 1,
         )
         batches = self._annotate(batches)
         self._clock.lap("teacher")

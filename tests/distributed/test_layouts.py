@@ -101,8 +101,13 @@ def gradient(overrides: dict[str, Any], aggregation: str = "seq-mean-token-sum")
                 imitation_weight=0.5,
             )
 
+        pipeline = parallel.pp.size > 1  # elsewhere each micro-batch has its own width
         batches = microbatches(
-            batch, micro_batch_size=args.micro_batch_size, aggregation=aggregation, credit_for=credit_for
+            batch,
+            micro_batch_size=args.micro_batch_size,
+            aggregation=aggregation,
+            credit_for=credit_for,
+            same_width=pipeline,
         )
         payloads = FrozenTeacher(teacher_model, parallel).annotate(batches)
         batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]

@@ -47,6 +47,12 @@ def cut(batch: RolloutBatch, size: int, aggregation: str = "seq-mean-token-sum")
     return microbatches(batch, micro_batch_size=size, aggregation=aggregation, credit_for=credit_for)
 
 
+def rows_of(batch: RolloutBatch, row: int) -> RolloutBatch:
+    """A batch of one row."""
+    names = ("tokens", "response_mask", "sampled_logprobs", "group_id", "prompts", "truncated", "responses")
+    return dataclasses.replace(batch, **{name: getattr(batch, name)[row : row + 1] for name in names})
+
+
 def test_rows_and_targets_by_hand():
     first, second = cut(rollouts(), 2)
     # Row 0 answers in columns 2 and 3, row 1 in columns 1 to 4: predicted by t - 1, at (t - 1) * 2 + row.
@@ -75,6 +81,22 @@ def test_a_response_token_at_column_t_is_predicted_by_the_fed_token_at_t_minus_1
 def test_rows_are_ascending_in_the_flattened_order(size):
     for micro in cut(rollouts(), size):
         assert micro.token_rows.tolist() == sorted(set(micro.token_rows.tolist()))
+
+
+def test_a_micro_batch_of_its_own_width_ends_with_its_longest_response():
+    def credit_for(rows: slice, sequence: Tensor, column: Tensor):
+        return lambda stats: (rows.start + sequence.float(), column.float())
+
+    batch = rollouts()
+    short, silent, long = (
+        microbatches(part, micro_batch_size=1, aggregation="token-mean", credit_for=credit_for, same_width=False)[0]
+        for part in (rows_of(batch, 0), rows_of(batch, 2), rows_of(batch, 3))
+    )
+    assert short.tokens.tolist() == [[0, 1, 2]]  # the response ends in column 3, which is only predicted
+    assert short.targets.tolist() == [2, 3]
+    assert silent.tokens.shape == (1, 1)
+    assert len(silent.targets) == 0
+    assert long.tokens.tolist() == [[30, 31, 32, 33, 34]]
 
 
 def test_a_micro_batch_keeps_everything_of_its_own_tokens():
