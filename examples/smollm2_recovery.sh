@@ -19,7 +19,7 @@ models="${MODELS:-${MEGATRON_HYBRID_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/megat
 hf="$models/smollm2-hf" teacher="$models/smollm2" student="$models/smollm2-without-12-17"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
-export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT=true PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TQDM_DISABLE=1 WANDB_MODE="${WANDB_MODE:-offline}" WANDB_SILENT=true PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 
 "$python" tools/convert_checkpoint.py smollm2 --save "$hf"
 if [[ ! -e "$teacher/latest_checkpointed_iteration.txt" ]]; then
@@ -43,11 +43,11 @@ hybrid=(
     --hybrid --hybrid-teacher-load "$teacher"
     --hybrid-prompts "reasoning_gym:calendar_arithmetic,count_primes,syllogism,time_intervals" --hybrid-system-prompt ""
     --hybrid-group-size 4 --hybrid-max-response-length 16
-    --hybrid-reward-weight 1 --hybrid-imitation-weight 1 --hybrid-discount 0.5
+    --hybrid-reward-weight 1 --hybrid-imitation-weight 1 --hybrid-discount 0.7
     --hybrid-run-dir "$run"
 )
 training=(
-    --bf16 --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 75
+    --bf16 --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 85
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.01 --adam-beta2 0.95 --clip-grad 1
     --eval-iters 4 --eval-interval 1000
     --save "$run/checkpoints" --save-interval 1000 --ckpt-format torch_dist --no-save-optim --no-save-rng

@@ -15,6 +15,7 @@ BASELINES = ("none", "rloo", "grpo")
 COST_BASELINES = ("none", "group")
 AGGREGATIONS = ("seq-mean-token-sum", "token-mean", "seq-mean-token-mean")
 BACKENDS = ("torch",)
+FILE_REWARDS = ("exact_match", "math_answer")
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -128,10 +129,17 @@ class OnlineConfig(_FromArguments):
         None, "Megatron checkpoint (torch_dist) of the teacher; its arguments are read from it"
     )
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
+    file_reward: str = setting("exact_match", "reward of questions from a file", FILE_REWARDS)
+    truncated_reward: float | None = setting(
+        None, "what a response earns that was cut off at the length limit; unset: its score"
+    )
+    gradient_norms_interval: int = setting(
+        1, "steps between measurements of the dense and sparse gradient norms, which read the logits two more times"
+    )
     samples_interval: int = setting(10, "steps between entries of the table of samples")
 
     def __post_init__(self) -> None:
-        for name in ("max_response_length", "rollout_batch_size", "samples_interval"):
+        for name in ("max_response_length", "rollout_batch_size", "gradient_norms_interval", "samples_interval"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")

@@ -35,12 +35,6 @@ class ParallelContext:
     pp: GroupView = field(default_factory=GroupView)
     dp: GroupView = field(default_factory=GroupView)
     cp: GroupView = field(default_factory=GroupView)
-    model: GroupView = field(default_factory=GroupView)
-    """Tensor and pipeline ranks of one data-parallel replica."""
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp.rank == 0
 
     @property
     def is_last_stage(self) -> bool:

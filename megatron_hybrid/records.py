@@ -114,7 +114,7 @@ class HybridMicrobatch:
     token_scale: Tensor
     """[n] fp32: share of a token in its sequence's term (1, or 1/length); set by `schedule/normalise.py`."""
     count: Tensor
-    """[] int64: what Megatron sums over micro-batches and ranks and divides the gradient by."""
+    """[] int32 (Megatron's type): what Megatron sums over micro-batches and ranks and divides the gradient by."""
     sampled_logprobs: Tensor
     """[n] fp32: what the sampler believed, for mismatch metrics."""
     teacher: HiddenPayload | None = None

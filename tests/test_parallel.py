@@ -26,12 +26,12 @@ def test_the_rank_is_the_one_inside_the_group(rank_pool) -> None:
 
 def test_without_groups_one_rank_is_everything() -> None:
     context = ParallelContext()
-    for axis in (context.tp, context.pp, context.dp, context.cp, context.model):
+    for axis in (context.tp, context.pp, context.dp, context.cp):
         assert (axis.group, axis.rank, axis.size) == (None, 0, 1)
-    assert context.is_first_stage and context.is_last_stage
+    assert context.is_last_stage
 
 
-@pytest.mark.parametrize(("rank", "first", "last"), [(0, True, False), (1, False, False), (2, False, True)])
-def test_only_the_ends_of_the_pipeline_are_first_and_last(rank: int, first: bool, last: bool) -> None:
+@pytest.mark.parametrize(("rank", "last"), [(0, False), (1, False), (2, True)])
+def test_only_the_end_of_the_pipeline_is_last(rank: int, last: bool) -> None:
     context = ParallelContext(pp=GroupView(rank=rank, size=3))
-    assert (context.is_first_stage, context.is_last_stage) == (first, last)
+    assert context.is_last_stage == last

@@ -13,7 +13,7 @@ import sys
 
 from megatron_hybrid.cli.arguments import add_hybrid_args
 
-SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def main() -> None:
@@ -26,11 +26,11 @@ def main() -> None:
 
     import megatron_hybrid as mh
     from megatron_hybrid.errors import HybridError
+    from megatron_hybrid.mcore.symbols import borrow, check_apex, mismatch
 
-    mh.cpu.enable()
     try:
-        from megatron_hybrid.mcore.symbols import borrow
-
+        check_apex()  # before Megatron imports it
+        mh.cpu.enable()
         args = borrow("megatron.training.arguments", "parse_and_validate_args")(mh.add_hybrid_args)
         model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
         container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)
@@ -38,6 +38,10 @@ def main() -> None:
         mh.pretrain_hybrid(container, None, model_type, mh.HybridForwardStep())
     except HybridError as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "megatron":
+            raise
+        sys.exit(f"error: {mismatch(error.name or 'megatron', error)}")
 
 
 def show_help() -> None:

@@ -17,5 +17,4 @@ def parallel_context() -> ParallelContext:
         pp=view(parallel_state.get_pipeline_model_parallel_group()),
         dp=view(parallel_state.get_data_parallel_group()),
         cp=view(parallel_state.get_context_parallel_group()),
-        model=view(parallel_state.get_model_parallel_group()),
     )

@@ -27,7 +27,6 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.parallel_state", "destroy_model_parallel"),
     ("megatron.core.parallel_state", "get_context_parallel_group"),
     ("megatron.core.parallel_state", "get_data_parallel_group"),
-    ("megatron.core.parallel_state", "get_model_parallel_group"),
     ("megatron.core.parallel_state", "get_pipeline_model_parallel_group"),
     ("megatron.core.parallel_state", "get_tensor_model_parallel_group"),
     ("megatron.core.parallel_state", "initialize_model_parallel"),

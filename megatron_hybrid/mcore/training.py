@@ -70,6 +70,18 @@ def refuse_unsupported(args: Namespace) -> None:
             "--sequence-parallel is on, but response rows are not gathered over tensor-parallel ranks yet: leave it "
             "off."
         )
+    for reason, on in (
+        # Replicas decode different numbers of tokens: a collective over them inside a forward pass would hang.
+        ("--expert-model-parallel-size above 1", args.expert_model_parallel_size > 1),
+        ("--use-megatron-fsdp", args.use_megatron_fsdp),
+        ("--use-torch-fsdp2", args.use_torch_fsdp2),
+        # These change or replay the batch that the loop has counted, or the call that it wraps.
+        ("--rampup-batch-size", args.rampup_batch_size is not None),
+        ("--iterations-to-skip", bool(args.iterations_to_skip)),
+        ("full-iteration CUDA graphs", args.cuda_graph_impl == "full_iteration"),
+    ):
+        if on:
+            raise ConfigError(f"{reason} is not supported with --hybrid yet: train without it.")
     if getattr(args, "mtp_num_layers", None):
         raise ConfigError("--mtp-num-layers: multi-token prediction heads have no hybrid loss; train without them.")
 

@@ -54,7 +54,7 @@ class CreditAssignment:
         return reward - self.imitation_weight * self.future_costs(stats)
 
     def future_costs(self, stats: TokenStats) -> Tensor:
-        """C_{t+1} - b_C [n] fp32, nats."""
+        """C_{t+1} - b_C [n] fp32, nats; 0 where an infinite cost lies ahead, in the response or in its group."""
         costs = stats.kl if self.future_cost == "closed_form" else stats.log_prob - stats.teacher_log_prob
         if costs.shape != self.row_of_token.shape:
             raise ShapeError(
@@ -69,7 +69,8 @@ class CreditAssignment:
         future = cost_to_go(table, mask, self.discount)
         if self.group_id is not None:
             future = future - cost_baseline(future, mask, self.group_id)
-        return future[here]
+        # A teacher that forbids what the student said makes infinite costs: no finite credit says how bad that was.
+        return torch.where(future.isfinite(), future, 0.0)[here]
 
 
 def make_weigh(

@@ -52,15 +52,6 @@ class Rubric:
         )
 
 
-def totals_by_task(rollouts: RolloutBatch, rewards: RewardBatch) -> dict[str, tuple[float, int]]:
-    """Task to (sum of its rewards, number of its rollouts): sums and counts, so that ranks can be added up."""
-    totals: dict[str, tuple[float, int]] = {}
-    for prompt, reward in zip(rollouts.prompts, rewards.rewards.tolist(), strict=True):
-        total, count = totals.get(prompt.task, (0.0, 0))
-        totals[prompt.task] = (total + reward, count + 1)
-    return totals
-
-
 def _checked(name: str, reward: Reward, prompt: Prompt, response: str) -> float:
     score = float(reward.score(prompt, response))
     if not math.isfinite(score):

@@ -4,7 +4,7 @@ On the last stage, per micro-batch:  hidden [s, b, h] -> rows that predict a res
 logits [n, v/tp], with the teacher's from its payload -> op (stats, credit, loss [n]) -> (sum, count, report). Megatron
 divides the summed gradient by the summed count (`--calculate-per-token-loss`), which makes the normaliser global.
 
-Collectives: the op's one all-gather over tp. Nothing else is exchanged here.
+Collectives: the op's one all-gather over tp; two more in micro-batches whose gradient norms are measured.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class HybridForwardStep:
         self.teacher = teacher
         self.runtime: Runtime | None = None
         self.gradient_norms = False
-        """Whether to measure the dense and sparse gradient norms in logits: one more pass over the logits."""
+        """Whether to measure the dense and sparse gradient norms in logits: two more reads of both heads' logits."""
         self.metrics = Metrics()
         """Per-token numbers of the micro-batches so far, last stage only; the online loop renews it every step."""
         self.token_kl: list[Tensor] | None = None
@@ -158,7 +158,9 @@ class HybridForwardStep:
     def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
         drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
         metrics = self.metrics
-        metrics.mean("actor/kl_loss", result.kl)
+        if batch.teacher is not None:  # without one a KL of 0 would read as perfect agreement
+            metrics.mean("actor/kl_loss", result.kl)
+            metrics.sum("training/infinite_kl_tokens", result.kl.isinf().float())
         metrics.mean("actor/pg_loss", -advantage * result.log_prob)
         metrics.mean("actor/entropy", result.entropy)
         metrics.spread("critic/advantages", advantage)
@@ -215,13 +217,14 @@ class HybridForwardStep:
 
 def _hybrid_loss(count: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's three-tuple: summed loss, what it is divided by in the end, and [sum, count] for its log."""
-    loss = output.sum()
-    # Megatron divides the loss in place under some settings, so the report has its own copy.
-    return loss, count, {"actor/loss": torch.stack([loss.detach().clone(), count.to(loss.dtype)])}
+    return _three(output.sum(), count, "actor/loss")
 
 
 def _demonstration_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     mask = loss_mask.reshape(-1).float()
-    loss = torch.sum(output.reshape(-1).float() * mask)
-    count = mask.sum().detach().int()
-    return loss, count, {"lm loss": torch.stack([loss.detach().clone(), count.to(loss.dtype)])}
+    return _three(torch.sum(output.reshape(-1).float() * mask), mask.sum().detach().int(), "lm loss")
+
+
+def _three(loss: Tensor, count: Tensor, name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    # `stack` copies: Megatron divides the loss in place under some settings, the report must not follow.
+    return loss, count, {name: torch.stack([loss.detach(), count.to(loss.dtype)])}

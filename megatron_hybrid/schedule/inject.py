@@ -34,7 +34,7 @@ class ScheduleCall:
         return model if isinstance(model, list) else [model]
 
     def feed(self, batches: list[Any], *, seq_length: int) -> None:
-        """Every chunk of this rank reads the same micro-batches, of `seq_length` positions each."""
+        """Every chunk of this rank reads the same micro-batches; under a pipeline all are `seq_length` wide."""
         iterators = [iter(batches) for _ in self.model]
         single = not isinstance(self.kwargs["data_iterator"], list) and len(iterators) == 1
         self.kwargs["data_iterator"] = iterators[0] if single else iterators

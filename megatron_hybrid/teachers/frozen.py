@@ -38,7 +38,7 @@ class FrozenTeacher:
         return cls(build_frozen_model(checkpoint, checkpoint_args), parallel)
 
     def annotate(self, batches: Sequence[HybridMicrobatch]) -> list[HiddenPayload | None]:
-        """See `Teacher`. Micro-batches must share one shape [b, s], as Megatron's pipeline wants it."""
+        """See `Teacher`. Under a pipeline all micro-batches must have one shape [b, s]."""
         schedule = get_forward_backward_func()
         micro_batch_size, seq_length = batches[0].tokens.shape
         iterators = [iter(batches) for _ in self.model]

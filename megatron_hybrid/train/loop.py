@@ -23,7 +23,7 @@ from megatron_hybrid.mcore.symbols import borrow
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.prompts.stream import PromptStream
-from megatron_hybrid.records import HybridMicrobatch, RewardBatch, RolloutBatch, TokenStats, Weigh
+from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, TokenStats, Weigh
 from megatron_hybrid.returns.baselines import reward_advantages
 from megatron_hybrid.returns.weights import make_weigh
 from megatron_hybrid.rewards.rubric import Rubric
@@ -62,11 +62,13 @@ class OnlineLoop:
     """On the logging rank only."""
     samples_interval: int
     """Steps between entries of the table of samples."""
+    gradient_norms_interval: int
+    """Steps between measurements of the dense and sparse gradient norms."""
 
     def __post_init__(self) -> None:
         self._step = int(self.args.iteration)
         """Optimizer steps done."""
-        self._collected: tuple[RolloutBatch, RewardBatch | None, list[HybridMicrobatch]] | None = None
+        self._collected: tuple[RolloutBatch, Tensor | None, list[HybridMicrobatch]] | None = None
         self._held_out = Metrics()
         self._evaluations = 0
         self._started = False
@@ -82,14 +84,17 @@ class OnlineLoop:
         self._clock = _Clock()
         self.forward_step.metrics = self._held_out if call.forward_only else Metrics()
         self.forward_step.token_kl = []
-        self.forward_step.gradient_norms = not call.forward_only
+        next_step = self._step + 1
+        measured = next_step % self.gradient_norms_interval == 0 or next_step == 1
+        self.forward_step.gradient_norms = measured and not call.forward_only
         batches = self._collect(call)
-        call.feed(batches, seq_length=batches[0].tokens.shape[1])
+        call.feed(batches, seq_length=max(batch.tokens.shape[1] for batch in batches))
 
     def after_schedule(self, call: ScheduleCall) -> None:
         """An evaluation is reported once its last iteration is done."""
         if not call.forward_only:
             return
+        self._release()
         self._evaluations += 1
         if self._evaluations < int(self.args.eval_iters):
             return
@@ -120,6 +125,12 @@ class OnlineLoop:
             self.report.step(self._step, values)
             if self._step % self.samples_interval == 0 or self._step == 1:
                 self.report.samples(self._step, self._sample_rows())
+        self._release()
+
+    def _release(self) -> None:
+        """The teacher's hidden states go before the next rollout needs the memory."""
+        self._collected = None
+        self.forward_step.token_kl = None
 
     # The stages.
 
@@ -127,7 +138,8 @@ class OnlineLoop:
         evaluation = call.forward_only
         micro_batch_size = int(call.kwargs["micro_batch_size"])
         group_size = 1 if evaluation else self.config.group_size
-        replica = int(call.kwargs["num_microbatches"]) * micro_batch_size // group_size
+        replica, rest = divmod(int(call.kwargs["num_microbatches"]) * micro_batch_size, group_size)
+        assert rest == 0, "prepare() refuses batches that cut a group"
         count = replica * self.parallel.dp.size
         step = 0 if evaluation else int(self.args.curr_iteration)
         start = self._evaluations * count if evaluation else int(self.args.consumed_train_samples) // group_size
@@ -155,21 +167,24 @@ class OnlineLoop:
         self._collected = rollouts, rewards, batches
         return batches
 
-    def _score(self, rollouts: RolloutBatch) -> RewardBatch | None:
-        """Scored once per replica, on the last stage, which is the only one to need it."""
+    def _score(self, rollouts: RolloutBatch) -> Tensor | None:
+        """Rewards [b]. Scored once per replica, on the last stage, which is the only one to need it."""
         if not self.parallel.is_last_stage:
             return None
-        tp = self.parallel.tp
-        box = [self.rubric.score(rollouts) if tp.rank == 0 else None]
+        tp, device = self.parallel.tp, rollouts.tokens.device
+        if tp.rank == 0:
+            rewards = self.rubric.score(rollouts).rewards
+        else:
+            rewards = torch.empty(len(rollouts.prompts), device=device)
         if tp.size > 1:
-            dist.broadcast_object_list(box, group=tp.group, group_src=0)
-        return box[0]
+            dist.broadcast(rewards, group=tp.group, group_src=0)
+        return rewards
 
-    def _credit(self, rollouts: RolloutBatch, rewards: RewardBatch | None) -> CreditFor:
+    def _credit(self, rollouts: RolloutBatch, rewards: Tensor | None) -> CreditFor:
         if rewards is None:
             return self._no_credit
         config = self.config
-        advantages = reward_advantages(rewards.rewards, rollouts.group_id, config.baseline)
+        advantages = reward_advantages(rewards, rollouts.group_id, config.baseline)
 
         def credit_for(rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
             return make_weigh(
@@ -200,14 +215,14 @@ class OnlineLoop:
         payloads = self.teacher.annotate(batches)
         return [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
 
-    def _measure(self, rollouts: RolloutBatch, rewards: RewardBatch) -> None:
+    def _measure(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
         metrics = self.forward_step.metrics
-        metrics.spread("critic/score", rewards.rewards)
-        metrics.spread("critic/rewards", self.config.reward_weight * rewards.rewards)
+        metrics.spread("critic/score", rewards)
+        metrics.spread("critic/rewards", self.config.reward_weight * rewards)
         drawn = [prompt.task for prompt in rollouts.prompts]
         for task in self.tasks:
-            of_task = torch.tensor([name == task for name in drawn], device=rewards.rewards.device)
-            metrics.mean(f"critic/score/{task}", rewards.rewards, weights=of_task.float())
+            of_task = torch.tensor([name == task for name in drawn], device=rewards.device)
+            metrics.mean(f"critic/score/{task}", rewards, weights=of_task.float())
         lengths = rollouts.response_mask.sum(dim=1).float()
         metrics.spread("response_length", lengths)
         metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float())
@@ -233,7 +248,7 @@ class OnlineLoop:
                         prompt=prompt.text,
                         response=rollouts.responses[row],
                         answer=prompt.answer,
-                        reward=float(rewards.rewards[row]),
+                        reward=float(rewards[row]),
                         kl_per_token=tuple(token_kl[of_row].tolist()) if self.teacher is not None else (),
                         tokens=tuple(self.sampler.decode([i]) for i in batch.targets[of_row].tolist()),
                         task=prompt.task,
@@ -273,20 +288,18 @@ def _finish(values: dict[str, float]) -> dict[str, float]:
         for name in ("rollout", "reward", "teacher", "update")
         if f"timing_s/{name}" in values
     ]
-    values["timing_s/step"] = values["perf/time_per_step"] = sum(stages)
+    values["timing_s/step"] = sum(stages)
     values["perf/throughput"] = values["perf/total_num_tokens"] / max(sum(stages), 1e-9)
     return values
 
 
 def _held_out_names(values: dict[str, float], tasks: tuple[str, ...]) -> dict[str, float]:
-    """The numbers of an evaluation under their held-out names."""
-    kl = values.get("actor/kl_loss", math.nan)
-    held_out = {
-        "val/score": values["critic/score/mean"],
-        "val/kl": kl,
+    """The numbers of an evaluation under their held-out names; no KL without a teacher."""
+    held_out = {"val/score": values["critic/score/mean"]}
+    if "actor/kl_loss" in values:
+        held_out["val/kl"] = values["actor/kl_loss"]
         # Sum over tokens per response: the trajectory KL, which is what the objective weighs.
-        "val/kl_per_response": kl * values["response_length/mean"],
-        "val/entropy": values.get("actor/entropy", math.nan),
-        "val/response_length": values["response_length/mean"],
-    }
+        held_out["val/kl_per_response"] = values["actor/kl_loss"] * values["response_length/mean"]
+    held_out["val/entropy"] = values["actor/entropy"]
+    held_out["val/response_length"] = values["response_length/mean"]
     return held_out | {f"val/score/{task}": values[f"critic/score/{task}"] for task in tasks}

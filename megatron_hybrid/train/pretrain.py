@@ -9,10 +9,12 @@ process groups are made when it asks for its data, which is after the model and 
 from __future__ import annotations
 
 import inspect
+import logging
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +29,13 @@ from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.prompts.template import PromptTemplate
 from megatron_hybrid.rewards.by_source import default_rubric
 from megatron_hybrid.rewards.rubric import Rubric
-from megatron_hybrid.schedule.forward_step import HybridForwardStep
+from megatron_hybrid.schedule.forward_step import HybridForwardStep, Runtime
 from megatron_hybrid.schedule.inject import injected
+from megatron_hybrid.train import journal
 from megatron_hybrid.train.loop import OnlineLoop
 from megatron_hybrid.train.report import RunReport
+
+logger = logging.getLogger(__name__)
 
 _PROBED_QUESTIONS = 256
 """Questions of an endless source looked at to learn its tasks: sources mix their tasks evenly."""
@@ -41,7 +46,8 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
 
     The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online: the dataset
     provider passed in is not asked, micro-batches come from rollouts. With `--hybrid` alone the script's own data is
-    trained through the hybrid op. Without `--hybrid` this is `pretrain` itself.
+    trained by its `base_loss_func`, or through the hybrid op where it has none. Without `--hybrid` this is `pretrain`
+    itself.
 
     Raises:
         ConfigError, DataError: settings, prompts or teacher are unusable; no model has been built then.
@@ -63,22 +69,41 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     from megatron_hybrid.mcore.training import refuse_unsupported
 
     refuse_unsupported(arguments)
-    forward_step.config = HybridConfig.from_args(arguments)
+    from_flags = HybridConfig.from_args(arguments)
+    if forward_step.config not in (None, from_flags):
+        raise ConfigError(
+            "HybridForwardStep was given a config that differs from the --hybrid-* flags: one of the two would be "
+            "silently ignored. Leave config out where flags are used."
+        )
+    forward_step.config = from_flags
     online = OnlineConfig.from_args(arguments)
     if online.prompts is None:
         return pretrain(*args, **kwargs)
 
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
-    arguments.dataloader_type = "external"  # iterators are handed over as they are
-    forward_step.get_batch = next  # of micro-batches made from rollouts, which the script's own get_batch does not know
     with ExitStack() as stack:
+        # Iterators are handed over as they are, and of micro-batches that the script's own get_batch does not know.
+        stack.enter_context(_replaced(arguments, "dataloader_type", "external"))
+        stack.enter_context(_replaced(forward_step, "get_batch", next))
         provider = _provider(stack, prepared, arguments, forward_step)
         call.arguments["train_valid_test_dataset_provider"] = provider
-        result = pretrain(*call.args, **call.kwargs)
-        report = provider.report
-        if report is not None:
-            report.finish()
+        try:
+            result = pretrain(*call.args, **call.kwargs)
+        except SystemExit:  # how Megatron stops at --exit-interval, --exit-duration-in-mins and on signals
+            provider.finish()
+            raise
+        provider.finish()
     return result
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,8 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
             f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not "
             "be split. Change one of the three."
         )
-    if config.cost_baseline == "group" and args.micro_batch_size % config.group_size:
+    has_future_cost = config.imitation_weight > 0 and config.discount > 0
+    if has_future_cost and config.cost_baseline == "group" and args.micro_batch_size % config.group_size:
         raise ConfigError(
             f"cost_baseline 'group' compares the responses to one prompt at the same position, for which a micro-batch "
             f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. "
@@ -140,6 +166,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         held_out = training
     template = PromptTemplate(tokenizer, system_prompt=online.system_prompt)
     streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=room) for s in (training, held_out)]
+    _open_run_dir(online.run_dir)
     tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
     return Prepared(
         config=config,
@@ -147,7 +174,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         tokenizer=tokenizer,
         prompts=streams[0],
         eval_prompts=streams[1],
-        rubric=default_rubric(),
+        rubric=default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward),
         tasks=tuple(sorted(tasks)),
         teacher_args=teacher_args,
     )
@@ -159,9 +186,7 @@ def _load_tokenizer(args: Namespace) -> Any:
             f"--tokenizer-type is {args.tokenizer_type}: online prompts need a chat template and an end-of-sequence "
             "token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
         )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model)
+    tokenizer = _read_tokenizer(args.tokenizer_model)
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer in {args.tokenizer_model} has no end-of-sequence token: a response could never end. Set "
@@ -170,27 +195,54 @@ def _load_tokenizer(args: Namespace) -> Any:
     return tokenizer
 
 
+def _read_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no tokenizer can be read from {folder!r}: {error}. Give the folder of a Hugging Face tokenizer."
+        ) from error
+
+
+def _open_run_dir(folder: str) -> None:
+    """A folder that cannot be written, or whose journal is broken, must not be found out after the model is built."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder!r} cannot be made: {error}. Give another --hybrid-run-dir."
+        ) from error
+    journal.read(Path(folder) / "metrics.jsonl")
+
+
 def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
     """The teacher's stored arguments, once its token ids are known to mean what the student's mean."""
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
 
     stored = load_megatron_args(checkpoint)
-    if stored.get("vocab_size") not in (None, len(tokenizer)):
-        raise DataError(
-            f"the teacher in {checkpoint} has a vocabulary of {stored['vocab_size']} tokens, the student's tokenizer "
-            f"{len(tokenizer)}: their distributions cannot be compared token by token. Use a teacher with the "
-            "student's tokenizer."
-        )
     theirs = stored.get("hybrid_tokenizer_fingerprint")
     if theirs is None and stored.get("tokenizer_type") == "HuggingFaceTokenizer":
-        from transformers import AutoTokenizer
-
-        theirs = tokenizer_fingerprint(AutoTokenizer.from_pretrained(stored["tokenizer_model"]))
+        theirs = tokenizer_fingerprint(_read_tokenizer(stored["tokenizer_model"]))
     if theirs is not None and theirs != tokenizer_fingerprint(tokenizer):
         raise DataError(
-            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}) of the "
-            "same size: the same id means different tokens, so imitation would teach noise. Use a teacher with the "
-            "student's tokenizer."
+            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}): the same "
+            "id means different tokens, so imitation would teach noise. Use a teacher with the student's tokenizer."
+        )
+    rows = stored.get("vocab_size")
+    # A head may have more rows than the tokenizer has tokens; that they mean the same is known from the fingerprint.
+    if rows is not None and (rows < len(tokenizer) or (rows > len(tokenizer) and theirs is None)):
+        raise DataError(
+            f"the teacher in {checkpoint} has a vocabulary of {rows} tokens, the student's tokenizer {len(tokenizer)}: "
+            "their distributions cannot be compared token by token. Use a teacher with the student's tokenizer."
+        )
+    if theirs is None:
+        logger.warning(
+            "the teacher in %s names no tokenizer that can be read (type %s): that its token ids mean what the "
+            "student's mean is taken on trust",
+            checkpoint,
+            stored.get("tokenizer_type"),
         )
     return stored
 
@@ -211,9 +263,10 @@ class _Provider:
         # The schedule is fed by the loop; these stand for data that exists.
         return iter(()), iter(()), None
 
-    @property
-    def report(self) -> RunReport | None:
-        return self._loop.report if self._loop is not None else None
+    def finish(self) -> None:
+        """The before/after table and the plots, on the logging rank."""
+        if self._loop is not None and self._loop.report is not None:
+            self._loop.report.finish()
 
 
 def _provider(stack: ExitStack, prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> _Provider:
@@ -246,6 +299,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         max_response_length=online.max_response_length,
         batch_size=online.rollout_batch_size,
     )
+    forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
     return OnlineLoop(
         args=args,
         config=config,
@@ -259,6 +313,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         tasks=prepared.tasks,
         report=_open_report(prepared, args),
         samples_interval=online.samples_interval,
+        gradient_norms_interval=online.gradient_norms_interval,
     )
 
 

@@ -40,7 +40,7 @@ PACKAGES = (
 """Packages whose version can change a result; what is not installed is left out."""
 
 MEDIAN_WINDOW = 20
-"""Steps behind the time left: the median forgets slow first steps and steps that saved a checkpoint."""
+"""Steps behind the time left: the median forgets slow first steps. Evaluations and checkpoints come on top."""
 
 PLAIN_WIDTH = 120
 """Columns of tables where there is no terminal to ask."""
@@ -77,7 +77,8 @@ class RunReport:
         self._last_end_s: float | None = None
         self._last_samples: Table | None = None
         for name in ("metrics.jsonl", "samples.jsonl"):
-            dropped = journal.rewind(self.run_dir / name, start_step)
+            # A fresh run keeps nothing of an earlier one in this folder, not even what it held before its first step.
+            dropped = journal.rewind(self.run_dir / name, start_step if start_step > 0 else -1)
             if dropped:
                 self._say(f"{name}: {dropped} lines after step {start_step} moved aside, to be produced again")
 

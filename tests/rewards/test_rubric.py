@@ -8,7 +8,7 @@ import torch
 from megatron_hybrid.errors import ConfigError, RewardError
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.rewards.by_source import default_rubric
-from megatron_hybrid.rewards.rubric import Rubric, totals_by_task
+from megatron_hybrid.rewards.rubric import Rubric
 
 
 class Length:
@@ -98,11 +98,6 @@ def test_impossible_rubrics_are_refused():
         Rubric({"length": (Length(), 1.0)}, truncated_reward=math.inf)
     with pytest.raises(ConfigError, match="file_reward must be one of exact_match, math_answer; got 'exact'"):
         default_rubric(file_reward="exact")
-
-
-def test_totals_by_task_are_sums_and_counts():
-    batch = rollouts(["a", "bc", "def"], tasks=["x", "y", "x"])
-    assert totals_by_task(batch, Rubric({"length": (Length(), 1.0)}).score(batch)) == {"x": (4.0, 2), "y": (2.0, 1)}
 
 
 def test_the_default_rubric_scores_a_file_by_exact_match():

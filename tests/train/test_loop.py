@@ -76,6 +76,7 @@ def loop_after_a_step(batch: RolloutBatch, size: int, *, has_teacher: bool = Tru
         tasks=("task 0", "task 1", "task 2"),
         report=None,
         samples_interval=1,
+        gradient_norms_interval=1,
     )
     rewards = RewardBatch(torch.arange(len(batch.tokens)).float() / 10, {})
     loop._collected = (batch, rewards, batches)
