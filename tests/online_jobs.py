@@ -103,11 +103,11 @@ def make_teacher(folder: str, overrides: dict[str, Any]) -> None:
         pretrain(container, provide(args), ModelType.encoder_or_decoder, stock_forward_step)
 
 
-def steps(folder: str | Path, run_dir: str = "run") -> list[dict[str, Any]]:
-    """The training steps of a run, without clock and timings."""
+def steps(folder: str | Path, run_dir: str = "run", *, kind: str = "step") -> list[dict[str, Any]]:
+    """The training steps (or evaluations, "eval") of a run, without clock and timings."""
     lines = [json.loads(line) for line in Path(folder, run_dir, "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k != "time" and not k.startswith(("timing_s/", "perf/"))}
         for line in lines
-        if line["kind"] == "step"
+        if line["kind"] == kind
     ]

@@ -37,6 +37,9 @@ OTHER: dict[str, Any] = {
     "teacher_load": "/a/teacher",
     "run_dir": "runs/other",
     "samples_interval": 3,
+    "file_reward": "math_answer",
+    "truncated_reward": -0.5,
+    "gradient_norms_interval": 4,
 }
 
 

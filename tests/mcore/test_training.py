@@ -91,6 +91,12 @@ def test_a_plain_job_is_not_refused():
         ({"context_parallel_size": 2}, "--context-parallel-size is 2, but .*: use 1"),
         ({"sequence_parallel": True}, "--sequence-parallel is on, but .*: leave it off"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers: .*train without them"),
+        ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size above 1 is not supported.*train without"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp is not supported"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 is not supported"),
+        ({"rampup_batch_size": [8, 8, 100]}, "--rampup-batch-size is not supported"),
+        ({"iterations_to_skip": [3]}, "--iterations-to-skip is not supported"),
+        ({"cuda_graph_impl": "full_iteration"}, "full-iteration CUDA graphs is not supported"),
     ],
 )
 def test_a_setting_the_hybrid_path_cannot_honour_is_refused_with_what_to_do(setting, message):

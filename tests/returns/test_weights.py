@@ -76,3 +76,12 @@ def test_a_mistake_is_named():
         credit(position_of_token=POSITIONS[:3])
     with pytest.raises(ShapeError, match="5"):
         credit()(TokenStats(*(value[:3] for value in vars(STATS).values())))
+
+
+def test_an_infinite_cost_ahead_leaves_the_reward_and_no_nan():
+    kl = STATS.kl.clone()
+    kl[2] = torch.inf  # the last token of the first response
+    _, advantage = credit()(TokenStats(kl, *list(vars(STATS).values())[1:]))
+    assert advantage[:3].tolist() == [10.0, 10.0, 10.0]
+    _, grouped = credit(group_id=torch.zeros(2, dtype=torch.long))(TokenStats(kl, *list(vars(STATS).values())[1:]))
+    assert grouped.isfinite().all()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.records import Prompt, RewardBatch, RolloutBatch
+from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.microbatch import microbatches
 from megatron_hybrid.train.loop import SHOWN_SAMPLES, OnlineLoop
@@ -78,7 +78,7 @@ def loop_after_a_step(batch: RolloutBatch, size: int, *, has_teacher: bool = Tru
         samples_interval=1,
         gradient_norms_interval=1,
     )
-    rewards = RewardBatch(torch.arange(len(batch.tokens)).float() / 10, {})
+    rewards = torch.arange(len(batch.tokens)).float() / 10
     loop._collected = (batch, rewards, batches)
     return loop
 

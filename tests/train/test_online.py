@@ -18,6 +18,8 @@ LAYOUTS = [
     pytest.param(2, {}, id="DP 2"),
 ]
 WITH_TEACHER = {"hybrid_discount": 0.5, "hybrid_imitation_weight": 0.1}
+REPORTED = ("critic/score/mean", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "response_length/mean")
+HELD_OUT = ("val/score", "val/kl", "val/entropy", "val/response_length")
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +84,26 @@ def test_imitation_brings_the_held_out_kl_down_and_leaves_a_readable_run(rank_po
 
 
 @pytest.mark.parametrize(("size", "overrides"), LAYOUTS)
-def test_every_layout_trains_alike(rank_pool, folder, size, overrides):
+def test_every_layout_trains_and_evaluates_alike(rank_pool, folder, size, overrides):
+    # Two iterations of 32 held-out questions, before and after; a file of 2 would be asked again and again.
+    (folder / "questions.jsonl").write_text(
+        "".join(f'{{"prompt": "w{i % 14} w{i // 14}", "answer": "w1"}}\n' for i in range(64))
+    )
+    common = {"load": f"{folder}/teacher", "finetune": True, "eval_iters": 2}
+    common["hybrid_eval_prompts"] = f"{folder}/questions.jsonl"
     name = "-".join(map(str, overrides.values())) or "dp"
     if not (folder / "reference" / "metrics.jsonl").exists():
-        rank_pool(1, init=False).run(
-            run, str(folder), with_teacher(folder, "reference", load=f"{folder}/teacher", finetune=True)
-        )
-    rank_pool(size, init=False).run(
-        run, str(folder), with_teacher(folder, name, load=f"{folder}/teacher", finetune=True) | overrides
-    )
-    reference, ours = steps(folder, "reference"), steps(folder, name)
-    assert len(ours) == len(reference) == 6
-    for expected, got in zip(reference, ours, strict=True):
-        assert expected.keys() == got.keys()
-        for key in ("critic/score/mean", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "response_length/mean"):
-            # The same responses and the same gradients, up to fp32 roundings that Adam amplifies over six steps.
-            assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (expected["step"], key)
+        rank_pool(1, init=False).run(run, str(folder), with_teacher(folder, "reference", **common))
+    rank_pool(size, init=False).run(run, str(folder), with_teacher(folder, name, **common) | overrides)
+    for kind, names, number in (("step", REPORTED, 6), ("eval", HELD_OUT, 2)):
+        reference, ours = (steps(folder, which, kind=kind) for which in ("reference", name))
+        assert [record["step"] for record in ours] == [record["step"] for record in reference]
+        assert len(ours) == number
+        for expected, got in zip(reference, ours, strict=True):
+            assert expected.keys() == got.keys()
+            for key in names:
+                # The same responses and the same gradients, up to fp32 roundings that Adam amplifies over six steps.
+                assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (expected["step"], key)
 
 
 def test_a_run_that_was_stopped_and_resumed_continues_exactly(rank_pool, folder):
@@ -109,5 +115,6 @@ def test_a_run_that_was_stopped_and_resumed_continues_exactly(rank_pool, folder)
     pool = rank_pool(1, init=False)
     pool.run(run, str(folder), flags("whole"))
     pool.run(run, str(folder), flags("parts", exit_interval=3))
+    assert (folder / "parts" / "plots" / "overview.png").exists()  # a run that stops early leaves its plots too
     pool.run(run, str(folder), flags("parts", load=f"{folder}/parts-checkpoints"))
     assert steps(folder, "parts") == steps(folder, "whole")

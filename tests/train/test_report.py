@@ -205,6 +205,18 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path, capsys: pytest.Captur
     assert [r["step"] for r in lines(tmp_path, "metrics.dropped.jsonl")] == [4, 4, 5]
 
 
+def test_a_fresh_run_in_a_used_folder_compares_with_its_own_beginning(tmp_path: Path):
+    for before in (BEFORE, AFTER):  # the second run starts where the first one began
+        run = RunReport(tmp_path, total_steps=1, console=False)
+        run.evaluation(0, before)
+        run.step(1, STEP)
+        run.evaluation(1, AFTER)
+    run.finish()
+    assert [(record["kind"], record["step"]) for record in lines(tmp_path)] == [("eval", 0), ("step", 1), ("eval", 1)]
+    assert json.loads((tmp_path / "summary.json").read_text())["val/kl"]["before"] == AFTER["val/kl"]
+    assert len(lines(tmp_path, "metrics.dropped.jsonl")) == 3
+
+
 def test_a_resumed_run_compares_with_its_real_beginning(tmp_path: Path):
     crashed_run(tmp_path)
     run = RunReport(tmp_path, total_steps=10, start_step=3, console=False)
