@@ -347,3 +347,10 @@ def test_a_mistake_is_named(change, error, match):
     arguments = {"student_logits": student, "teacher_logits": teacher, "target": target} | change
     with pytest.raises(error, match=match):
         vocab_parallel_hybrid_loss(**arguments)
+
+
+def test_every_backend_of_the_settings_is_one_of_the_op():
+    from megatron_hybrid import config
+    from megatron_hybrid.ops.api import BACKENDS
+
+    assert set(config.BACKENDS) == set(BACKENDS)
