@@ -58,18 +58,23 @@ def test_the_reward_of_a_random_model_rises(rank_pool, folder):
 
 
 def test_imitation_brings_the_held_out_kl_down_and_leaves_a_readable_run(rank_pool, folder):
+    pairs = [f'{{"prompt": "w{i} w{j}", "answer": "w3"}}\n' for i in range(14) for j in range(14)]
+    (folder / "seen.jsonl").write_text("".join(pairs[k] for k in range(196) if k % 6))
+    (folder / "held_out.jsonl").write_text("".join(pairs[::6]))
     imitation = with_teacher(
         folder,
         "imitation",
-        train_iters=12,
+        train_iters=40,
+        lr=1e-2,
+        min_lr=1e-3,
+        hybrid_prompts=f"{folder}/seen.jsonl",
+        hybrid_eval_prompts=f"{folder}/held_out.jsonl",
         hybrid_reward_weight=0,
         hybrid_imitation_weight=1,
         eval_iters=1,
-        hybrid_eval_prompts=f"{folder}/held_out.jsonl",
         tensorboard_dir=f"{folder}/imitation/tensorboard",
         tensorboard_log_interval=1,
     )
-    (folder / "held_out.jsonl").write_text('{"prompt": "w1 w2", "answer": "w3"}\n{"prompt": "w9 w2", "answer": "w3"}\n')
     printed = rank_pool(1, init=False).run(run, str(folder), imitation)[0]
     run_dir = folder / "imitation"
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -80,7 +85,7 @@ def test_imitation_brings_the_held_out_kl_down_and_leaves_a_readable_run(rank_po
     assert list((run_dir / "tensorboard").iterdir())
     assert json.loads((run_dir / "config.json").read_text())["config"]["hybrid"]["imitation_weight"] == 1
     sample = json.loads((run_dir / "samples.jsonl").read_text().splitlines()[0])
-    assert sample["prompt"] in {f"w{i}" for i in range(14)}
+    assert sample["prompt"].split()[0] in {f"w{i}" for i in range(14)}
 
 
 @pytest.mark.parametrize(("size", "overrides"), LAYOUTS)
