@@ -54,15 +54,20 @@ class RankPool:
         self.timeout_s = timeout_s
         spawn = get_context("spawn")  # a fork would copy threads' locks of torch in whatever state they are
         pipes = [spawn.Pipe() for _ in range(size)]
+        # A pipe of its own for each rank's stacks: written to one stderr at once they come out interleaved.
+        stacks = [spawn.Pipe(duplex=False) for _ in range(size)]
         port = free_port()
         # Not daemons: Megatron's checkpoint writer starts processes of its own, which daemons may not.
         self._processes = [
             spawn.Process(
-                target=_serve, args=(theirs, rank, size, port, init, timeout_s), name=f"rank-{rank}-of-{size}"
+                target=_serve,
+                args=(theirs, write_stacks, rank, size, port, init, timeout_s),
+                name=f"rank-{rank}-of-{size}",
             )
-            for rank, (_, theirs) in enumerate(pipes)
+            for rank, ((_, theirs), (_, write_stacks)) in enumerate(zip(pipes, stacks, strict=True))
         ]
         self._pipes: list[Connection] = [ours for ours, _ in pipes]
+        self._stacks: list[Connection] = [ours for ours, _ in stacks]
         self.alive = True
         # Registered after multiprocessing's own hook and so run before it: that one would wait for the ranks for ever.
         atexit.register(self.close)
@@ -70,7 +75,7 @@ class RankPool:
             with _environment(OMP_NUM_THREADS="1"):  # read when a rank loads torch: one core each
                 for process in self._processes:
                     process.start()
-            for _, theirs in pipes:
+            for _, theirs in pipes + stacks:
                 theirs.close()  # only the rank holds its end now, so its death reads as the end of the pipe
             self._collect(f"starting {size} ranks", _START_TIMEOUT_S)
         except BaseException:
@@ -150,10 +155,10 @@ class RankPool:
         ) from None
 
     def _give_up(self, name: str, late: list[int], timeout_s: float) -> NoReturn:
-        for process in self._processes:
+        for rank, process in enumerate(self._processes):
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGUSR1)  # each prints its stack, see _serve
-        time.sleep(0.5)  # for the printing: the ranks are killed next
+                os.kill(process.pid, signal.SIGUSR1)  # it writes the stack of each of its threads, see _serve
+                print(f"rank {rank} of {self.size}:\n{_read_all(self._stacks[rank])}", file=sys.stderr)
         raise TimeoutError(
             f"{name} took longer than {timeout_s:g} s on rank(s) {late} of {self.size}. Where some ranks are done and "
             "others wait, a collective was not called by all of them; the stacks are on stderr."
@@ -162,7 +167,7 @@ class RankPool:
     def _end(self) -> None:
         self.alive = False
         atexit.unregister(self.close)
-        for pipe in self._pipes:
+        for pipe in self._pipes + self._stacks:
             pipe.close()
         for process in self._processes:
             if process.pid is not None:  # else never started
@@ -192,9 +197,19 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float) -> None:
+def _read_all(stacks: Connection) -> str:
+    """What a rank writes, until it has been silent for a moment."""
+    text, patience_s = b"", 5.0  # a busy machine may let it wait for the first line
+    while wait([stacks], timeout=patience_s) and (part := os.read(stacks.fileno(), 1 << 16)):
+        text, patience_s = text + part, 0.3
+    return text.decode(errors="replace")
+
+
+def _serve(
+    pipe: Connection, stacks: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float
+) -> None:
     """A rank's life: start, then answer jobs with (result, error) until the pipe ends."""
-    faulthandler.register(signal.SIGUSR1)  # the parent asks for the stacks of a job that hangs
+    faulthandler.register(signal.SIGUSR1, file=stacks.fileno())  # the parent asks for them when a job hangs
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
