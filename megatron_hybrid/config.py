@@ -4,17 +4,32 @@
 """
 
 import math
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Self
 
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.schedules import schedule
 
 FUTURE_COSTS = ("closed_form", "sampled")
-BASELINES = ("none", "rloo", "grpo")
+BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
+GROUP_BASELINES = ("rloo", "grpo")
 COST_BASELINES = ("none", "group")
 AGGREGATIONS = ("seq-mean-token-sum", "token-mean", "seq-mean-token-mean")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skewed_kl", "skewed_reverse_kl")
+ROLLOUT_CORRECTIONS = (
+    "none",
+    "token_truncate",
+    "token_mask",
+    "sequence_truncate",
+    "sequence_mask",
+    "ppo_clip",
+)
+TEACHER_PAYLOADS = ("hidden", "topk")
 BACKENDS = ("torch",)
+SCHEDULED = ("reward_weight", "imitation_weight", "discount")
+"""Settings that have a schedule, `<setting>_schedule`."""
 FILE_REWARDS = ("exact_match", "math_answer")
 
 
@@ -46,10 +61,25 @@ class HybridConfig(_FromArguments):
         "future imitation cost from the per-token KL (closed_form, less noise) or from sampled log-ratios (sampled)",
         FUTURE_COSTS,
     )
+    divergence: str = setting(
+        "reverse_kl",
+        "what imitation minimises at each token; only reverse_kl has a trajectory objective, the others need discount "
+        "0",
+        DIVERGENCES,
+    )
+    divergence_mix: float = setting(
+        0.5,
+        "in (0, 1): jsd, the teacher's share of the mixture (GKD's beta); skewed_kl and skewed_reverse_kl, the share "
+        "of the divergence's first distribution (DistiLLM's alpha)",
+    )
     baseline: str = setting(
         "rloo",
-        "what is subtracted from the reward: leave-one-out group mean (rloo), group mean over std (grpo), nothing",
+        "what is subtracted from the reward: leave-one-out group mean (rloo), group mean over std (grpo), batch mean "
+        "over std (reinforce_plus_plus), mean of earlier steps (running_mean), nothing",
         BASELINES,
+    )
+    baseline_decay: float = setting(
+        0.9, "running_mean: what a step keeps of the mean of the steps before it, in [0, 1)"
     )
     cost_baseline: str = setting(
         "group",
@@ -57,6 +87,29 @@ class HybridConfig(_FromArguments):
         "(needs whole groups in a micro-batch), nothing",
         COST_BASELINES,
     )
+    rollout_correction: str = setting(
+        "token_truncate",
+        "importance weight pi / sampler of the sparse term: per token or per sequence, truncated at the threshold or "
+        "masked outside it, or PPO's clipping",
+        ROLLOUT_CORRECTIONS,
+    )
+    rollout_is_threshold: float = setting(
+        2.0, "largest importance weight; masks also drop weights below 1 / threshold. inf: exact weights"
+    )
+    prefix_correction: bool = setting(
+        False, "weigh the dense term of a token by the importance of the tokens before it, truncated likewise"
+    )
+    clip_ratio_low: float = setting(0.2, "ppo_clip: a negative advantage stops pushing below 1 - this")
+    clip_ratio_high: float = setting(0.2, "ppo_clip: a positive advantage stops pushing above 1 + this")
+    mini_batches: int = setting(1, "optimizer steps that share one collection of rollouts, each on its own part")
+    ppo_epochs: int = setting(1, "times each collection of rollouts is trained on")
+    reward_weight_schedule: str = setting(
+        "constant",
+        "reward_weight over training: constant; linear:FROM:STEPS or cosine:FROM:STEPS up to the weight itself; "
+        "steps:VALUE@STEP,VALUE@STEP",
+    )
+    imitation_weight_schedule: str = setting("constant", "imitation_weight over training, likewise")
+    discount_schedule: str = setting("constant", "discount over training, likewise")
     group_size: int = setting(4, "responses sampled for each prompt")
     aggregation: str = setting(
         "seq-mean-token-sum",
@@ -68,29 +121,82 @@ class HybridConfig(_FromArguments):
     teacher_logit_floor: float | None = setting(
         None, "teacher logits below this are raised to it; needed where a teacher forbids tokens with -inf"
     )
+    teacher_payload: str = setting(
+        "hidden",
+        "what the teacher leaves for the loss: hidden states (the whole distribution), or its topk tokens and one "
+        "bucket for the rest",
+        TEACHER_PAYLOADS,
+    )
+    teacher_topk: int = setting(64, "tokens of a topk payload")
     backend: str = setting("torch", "implementation of the op", BACKENDS)
 
     def __post_init__(self) -> None:
-        for name in ("reward_weight", "imitation_weight"):
-            value = getattr(self, name)
+        self._check_choices()
+        for step in self._turning_points():
+            self._check_weights(step)
+        if self.divergence != "reverse_kl" and any(self._value("discount", step) for step in self._turning_points()):
+            raise ConfigError(
+                f"divergence {self.divergence!r} is a one-step loss: only the reverse KL adds up to a cost of the "
+                f"whole response, which is what discount ({self.discount}) discounts. Set discount 0, or divergence "
+                "'reverse_kl'."
+            )
+        if self.divergence != "reverse_kl" and self.teacher_payload == "topk":
+            raise ConfigError(
+                f"divergence {self.divergence!r} needs the teacher's whole distribution, but teacher_payload is "
+                "'topk': its one bucket for the rest is exact for the reverse KL only. Use teacher_payload 'hidden'."
+            )
+        self._check_numbers()
+        if self.group_size < 2 and self.baseline in GROUP_BASELINES:
+            raise ConfigError(
+                f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}"
+                ": every advantage would be 0 or undefined. Use group_size >= 2, or baseline 'none'."
+            )
+
+    def at(self, step: int) -> Self:
+        """The settings of one step: weights and discount as their schedules have them; `step` steps are done."""
+        return replace(
+            self,
+            **{name: self._value(name, step) for name in SCHEDULED},
+            **{f"{name}_schedule": "constant" for name in SCHEDULED},
+        )
+
+    def _value(self, name: str, step: int) -> float:
+        return schedule(name, getattr(self, f"{name}_schedule"), getattr(self, name))(step)
+
+    def _turning_points(self) -> list[int]:
+        """Steps between which every schedule is monotonic: what holds at each of them holds at all."""
+        texts = ":".join(getattr(self, f"{name}_schedule") for name in SCHEDULED)
+        return [0, *(int(n) for n in re.findall(r"[:@](\d+)(?=[:,]|$)", texts)), 2**62]
+
+    def _check_weights(self, step: int) -> None:
+        """Weights and discount at one step of their schedules."""
+        weights = {name: self._value(name, step) for name in ("reward_weight", "imitation_weight")}
+        for name, value in weights.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(
                     f"{name} must be a finite number >= 0, got {value}: a negative weight would maximise the cost. "
                     "Change the sign of the reward itself, not of its weight."
                 )
-        if self.reward_weight == 0 and self.imitation_weight == 0:
+        if not any(weights.values()):
+            when = f" from step {step} on" if step else ""
             raise ConfigError(
-                "reward_weight and imitation_weight are both 0, so there is nothing to learn: set one above 0."
+                f"reward_weight and imitation_weight are both 0{when}, so there is nothing to learn: set one above 0."
             )
-        if not 0 <= self.discount <= 1:
+        discount = self._value("discount", step)
+        if not 0 <= discount <= 1:
             raise ConfigError(
-                f"discount (gamma) must lie in [0, 1], got {self.discount}: above 1 far-away costs would outweigh near "
+                f"discount (gamma) must lie in [0, 1], got {discount}: above 1 far-away costs would outweigh near "
                 "ones. Use 1 for the exact gradient of the objective."
             )
+
+    def _check_choices(self) -> None:
         for name, choices in (
             ("future_cost", FUTURE_COSTS),
             ("baseline", BASELINES),
             ("cost_baseline", COST_BASELINES),
+            ("divergence", DIVERGENCES),
+            ("rollout_correction", ROLLOUT_CORRECTIONS),
+            ("teacher_payload", TEACHER_PAYLOADS),
             ("aggregation", AGGREGATIONS),
             ("backend", BACKENDS),
         ):
@@ -99,17 +205,34 @@ class HybridConfig(_FromArguments):
                 near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
-        if self.group_size < 1:
-            raise ConfigError(f"group_size must be at least 1, got {self.group_size}: a prompt needs a response.")
-        if self.group_size < 2 and self.baseline in ("rloo", "grpo"):
-            raise ConfigError(
-                f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}"
-                ": every advantage would be 0 or undefined. Use group_size >= 2, or baseline 'none'."
-            )
+
+    def _check_numbers(self) -> None:
+        for name in ("group_size", "mini_batches", "ppo_epochs", "teacher_topk"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
         for name in ("student_temperature", "teacher_temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a finite number > 0, got {value}: logits are divided by it.")
+        if not 0 < self.divergence_mix < 1:
+            raise ConfigError(
+                f"divergence_mix must lie strictly between 0 and 1, got {self.divergence_mix}: at either end the "
+                "mixture is one of the two distributions. Choose forward_kl or reverse_kl for those."
+            )
+        if not 0 <= self.baseline_decay < 1:
+            raise ConfigError(
+                f"baseline_decay must lie in [0, 1), got {self.baseline_decay}: at 1 the mean never moves."
+            )
+        if not self.rollout_is_threshold >= 1:
+            raise ConfigError(
+                f"rollout_is_threshold must be at least 1, got {self.rollout_is_threshold}: on-policy tokens have "
+                "weight 1, and would be cut. Use inf for exact importance weights."
+            )
+        for name in ("clip_ratio_low", "clip_ratio_high"):
+            value = getattr(self, name)
+            if not (value > 0 and (name == "clip_ratio_high" or value <= 1)):
+                raise ConfigError(f"{name} must be above 0 (and clip_ratio_low at most 1), got {value}.")
 
 
 @dataclass(frozen=True)
@@ -125,8 +248,25 @@ class OnlineConfig(_FromArguments):
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
     rollout_batch_size: int = setting(64, "sequences decoded together on one data-parallel replica")
+    pack_sequences: bool = setting(
+        False, "train on sequences behind one another in one row (THD) instead of padded rows"
+    )
     teacher_load: str | None = setting(
-        None, "Megatron checkpoint (torch_dist) of the teacher; its arguments are read from it"
+        None,
+        "Megatron checkpoint (torch_dist) of the teacher, its arguments are read from it; several, comma-separated: "
+        "TASK=PATH for one per task ('*' for all others), WEIGHT*PATH for a mixture of their distributions; 'self': a "
+        "copy of the student",
+    )
+    teacher_ema_decay: float | None = setting(
+        None, "teacher_load self: what the copy keeps of itself at each step, in [0, 1); unset: the copy stays"
+    )
+    teacher_refresh_interval: int | None = setting(
+        None, "teacher_load self: steps after which the copy is taken anew; unset: never"
+    )
+    teacher_hint: str | None = setting(
+        None,
+        "what the teacher reads behind the question and the student does not, with {answer} filled in: on-policy "
+        "self-distillation from a hint or solution",
     )
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
     file_reward: str = setting("exact_match", "reward of questions from a file", FILE_REWARDS)
@@ -143,6 +283,23 @@ class OnlineConfig(_FromArguments):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        self_teacher = self.teacher_load == "self"
+        for name in ("teacher_ema_decay", "teacher_refresh_interval"):
+            value = getattr(self, name)
+            if value is not None and not self_teacher:
+                raise ConfigError(
+                    f"{name} is {value}, but teacher_load is {self.teacher_load!r}: only a copy of the student changes "
+                    "during a run. Set teacher_load 'self'."
+                )
+        if self.teacher_ema_decay is not None and not 0 <= self.teacher_ema_decay < 1:
+            raise ConfigError(f"teacher_ema_decay must lie in [0, 1), got {self.teacher_ema_decay}.")
+        if self.teacher_refresh_interval is not None and self.teacher_refresh_interval < 1:
+            raise ConfigError(f"teacher_refresh_interval must be at least 1, got {self.teacher_refresh_interval}.")
+        if self.teacher_ema_decay is not None and self.teacher_refresh_interval is not None:
+            raise ConfigError(
+                "teacher_ema_decay and teacher_refresh_interval are both set: the copy is either averaged or taken "
+                "anew. Leave one out."
+            )
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class ParallelContext:
     pp: GroupView = field(default_factory=GroupView)
     dp: GroupView = field(default_factory=GroupView)
     cp: GroupView = field(default_factory=GroupView)
+    dp_cp: GroupView = field(default_factory=GroupView)
+    """Replicas and their context-parallel slices together: all ranks that hold other tokens."""
 
     @property
     def is_last_stage(self) -> bool:

@@ -31,6 +31,8 @@ class Prompt:
     """The expected answer, where there is one."""
     entry: dict[str, Any] = field(default_factory=dict)
     """The source's own record, handed to the reward unchanged."""
+    teacher_token_ids: tuple[int, ...] | None = None
+    """What the teacher reads in front of the response, where that is not `token_ids` (a hint, a solution)."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,44 @@ class HiddenPayload:
 
 
 @dataclass(frozen=True)
+class TopKPayload:
+    """A teacher's most likely tokens for one micro-batch; what it gives to all others is one bucket."""
+
+    ids: Tensor
+    """[n, k] int64, global token ids; -1 marks an unused slot."""
+    log_probs: Tensor
+    """[n, k] fp32, nats, at the teacher's temperature; equal on every tensor-parallel rank."""
+
+
+TeacherPayload = HiddenPayload | TopKPayload
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a model is given for one micro-batch on this rank, and where its answers are."""
+
+    tokens: Tensor
+    """[b, s/cp] int64 (Megatron's embedding transposes); packed sequences are one row, b = 1."""
+    position_ids: Tensor
+    """[b, s/cp] int64, counted in each sequence."""
+    token_rows: Tensor
+    """[n] int64: positions in the flattened [s/cp, b] whose logits predict a response token of this rank."""
+    packed_seq_params: Any = None
+    """Megatron's PackedSeqParams where sequences are packed into one row. Unpacked, padding is on the right, where a
+    causal mask hides it: no attention mask is ever needed."""
+
+
+@dataclass(frozen=True)
 class HybridMicrobatch:
     """What Megatron's schedule hands to the forward step; filled by `schedule/microbatch.py`."""
 
-    tokens: Tensor
-    """[b, s] int64 (Megatron's embedding transposes)."""
-    position_ids: Tensor
-    """[b, s] int64."""
-    attention_mask: Tensor | None
-    """None: causal. Padding is on the right, where a causal mask hides it."""
-    token_rows: Tensor
-    """[n] int64: positions in the flattened [s, b] whose logits predict a response token."""
+    student: ModelInput
+    teacher_input: ModelInput
+    """The same object, or the same responses after the prompts that the teacher reads; rows in the same order."""
+    sequence_of_token: Tensor
+    """[n] int64: which sequence of the micro-batch a response token belongs to."""
+    tasks: tuple[str, ...]
+    """Task of each sequence of the micro-batch."""
     targets: Tensor
     """[n] int64: the tokens they predict."""
     weigh: Weigh
@@ -117,4 +146,4 @@ class HybridMicrobatch:
     """[] int32 (Megatron's type): what Megatron sums over micro-batches and ranks and divides the gradient by."""
     sampled_logprobs: Tensor
     """[n] fp32: what the sampler believed, for mismatch metrics."""
-    teacher: HiddenPayload | None = None
+    teacher: TeacherPayload | None = None

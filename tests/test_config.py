@@ -34,7 +34,10 @@ def test_every_setting_explains_itself_to_the_command_line(kind: type) -> None:
         ({"discount": 1.01}, r"discount \(gamma\) must lie in \[0, 1\], got 1.01"),
         ({"discount": -0.01}, r"discount \(gamma\) must lie in \[0, 1\]"),
         ({"future_cost": "sample"}, "Did you mean 'sampled'"),
-        ({"baseline": "rlo"}, "baseline must be one of none, rloo, grpo; got 'rlo'. Did you mean 'rloo'"),
+        (
+            {"baseline": "rlo"},
+            "baseline must be one of none, rloo, grpo, reinforce_plus_plus, running_mean; got 'rlo'. Did you mean 'rloo'",
+        ),
         ({"aggregation": "token_mean"}, "Did you mean 'token-mean'"),
         ({"backend": "cuda-graphs"}, "backend must be one of torch; got 'cuda-graphs'"),
         ({"group_size": 0, "baseline": "none"}, "group_size must be at least 1, got 0"),

@@ -38,6 +38,10 @@ def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         for f in fields(config):
             assert f.default is not MISSING, f.name
             kind = _kind(str(f.type))
+            if kind is bool:
+                assert f.default is False, f.name
+                group.add_argument(_flag(f.name), action="store_true", help=f.metadata["help"])
+                continue
             group.add_argument(
                 _flag(f.name),
                 type=kind,
@@ -70,6 +74,8 @@ def _kind(annotation: str) -> type:
         "float": float,
         "int": int,
         "str": str,
+        "bool": bool,
+        "<class 'bool'>": bool,
         "<class 'float'>": float,
         "<class 'int'>": int,
         "<class 'str'>": str,

@@ -17,4 +17,5 @@ def parallel_context() -> ParallelContext:
         pp=view(parallel_state.get_pipeline_model_parallel_group()),
         dp=view(parallel_state.get_data_parallel_group()),
         cp=view(parallel_state.get_context_parallel_group()),
+        dp_cp=view(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -22,10 +23,27 @@ __all__ = [
     "StaticInferenceContext",
     "head_logits",
     "last_position_logits",
+    "packed_sequences",
     "pipeline_forward",
     "select_rows",
     "unwrap_model",
 ]
+
+
+def packed_sequences(starts: Tensor) -> PackedSeqParams:
+    """Sequences behind one another in one row (THD), b of them.
+
+    starts  [b + 1] integers: where each begins and the last ends, on all context-parallel ranks together
+    """
+    starts = starts.int()
+    longest = int((starts[1:] - starts[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def select_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:

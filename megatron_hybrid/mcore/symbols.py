@@ -24,6 +24,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.inference.contexts", "StaticInferenceContext"),
     ("megatron.core.models.gpt", "GPTModel"),
     ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
+    ("megatron.core.packed_seq_params", "PackedSeqParams"),
     ("megatron.core.parallel_state", "destroy_model_parallel"),
     ("megatron.core.parallel_state", "get_context_parallel_group"),
     ("megatron.core.parallel_state", "get_data_parallel_group"),

@@ -205,9 +205,7 @@ def _read_all(stacks: Connection) -> str:
     return text.decode(errors="replace")
 
 
-def _serve(
-    pipe: Connection, stacks: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float
-) -> None:
+def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float) -> None:
     """A rank's life: start, then answer jobs with (result, error) until the pipe ends."""
     faulthandler.register(signal.SIGUSR1, file=stacks.fileno())  # the parent asks for them when a job hangs
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -24,7 +24,7 @@ from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HybridMicrobatch, TokenStats
+from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, TokenStats
 
 IGNORED = -100
 Output = tuple[Tensor, Callable[..., Any]]
@@ -99,9 +99,10 @@ class HybridForwardStep:
 
     def _hybrid(self, batch: HybridMicrobatch, forward: Any) -> Output:
         output = forward(
-            batch.tokens,
-            batch.position_ids,
-            batch.attention_mask,
+            batch.student.tokens,
+            batch.student.position_ids,
+            None,
+            packed_seq_params=batch.student.packed_seq_params,
             output_processor=self._hybrid_output,
             output_processor_context=batch,
         )
@@ -119,9 +120,9 @@ class HybridForwardStep:
     ) -> Tensor:
         """An `output_processor`: [s, b, h] to the loss per response token [n], scaled to its share of the count."""
         config, runtime, batch = self._ready(), self._known(), context
-        hidden = select_rows(hidden_states, batch.token_rows)
+        hidden = select_rows(hidden_states, batch.student.token_rows)
         student = head_logits(hidden, output_layer, output_weight, scale_logits)
-        teacher = batch.teacher.logits_of(batch.teacher.hidden) if batch.teacher is not None else None
+        teacher = batch.teacher.logits_of(batch.teacher.hidden) if isinstance(batch.teacher, HiddenPayload) else None
         weights: list[tuple[Tensor, Tensor]] = []
 
         def weigh(stats: TokenStats) -> tuple[Tensor, Tensor]:

@@ -33,14 +33,17 @@ class ScheduleCall:
         model = self.kwargs["model"]
         return model if isinstance(model, list) else [model]
 
-    def feed(self, batches: list[Any], *, seq_length: int) -> None:
-        """Every chunk of this rank reads the same micro-batches; under a pipeline all are `seq_length` wide."""
+    def feed(self, batches: list[Any], *, shape: tuple[int, int]) -> None:
+        """Every chunk of this rank reads the same micro-batches.
+
+        shape  (micro_batch_size, seq_length) over all context-parallel ranks; under a pipeline all batches have it
+        """
         iterators = [iter(batches) for _ in self.model]
         single = not isinstance(self.kwargs["data_iterator"], list) and len(iterators) == 1
         self.kwargs["data_iterator"] = iterators[0] if single else iterators
-        self.kwargs["seq_length"] = seq_length
+        self.kwargs["micro_batch_size"], self.kwargs["seq_length"] = shape
         if self.kwargs.get("decoder_seq_length") is not None:
-            self.kwargs["decoder_seq_length"] = seq_length
+            self.kwargs["decoder_seq_length"] = shape[1]
         self.kwargs["num_microbatches"] = len(batches)
 
 

@@ -1,62 +1,131 @@
 """A replica's rollouts cut into micro-batches, in the order Megatron's schedule asks for them.
 
-This file holds the only transposition: [b, s] rows of a batch become positions in Megatron's flattened [s, b]. A
-position predicts the token after it, so the last column is never fed and a response token at column t is predicted by t
-- 1.
+[b, s] rows of a batch become positions of Megatron's flattened [s, b], on the rank that holds them (`layout.py`). A
+position predicts the token after it, so the last token of a row is never fed and a response token at column t is
+predicted by t - 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, Weigh
+from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.schedule.normalise import normaliser
 
 CreditFor = Callable[[slice, Tensor, Tensor], Weigh]
 """(rows of the batch, row of each token [n], column of each token [n]) to the credit of those tokens; rows and columns
-count from the start of the micro-batch and of the sequence."""
+count from the start of the micro-batch and of the sequence. The tokens are those of this rank."""
 
 
 def microbatches(
-    rollouts: RolloutBatch, *, micro_batch_size: int, aggregation: str, credit_for: CreditFor, same_width: bool = True
+    rollouts: RolloutBatch,
+    *,
+    micro_batch_size: int,
+    aggregation: str,
+    credit_for: CreditFor,
+    layout: SequenceLayout | None = None,
 ) -> list[HybridMicrobatch]:
     """Consecutive rows, `micro_batch_size` at a time.
 
-    same_width  True: all as wide as the batch, which pipeline stages rely on. False: each as wide as its longest row
+    layout  None: padded, on one rank
+
+    Raises:
+        ConfigError: the teacher reads other prompts, under context parallelism.
     """
-    rows = rollouts.tokens.shape[0]
-    if rows % micro_batch_size:
-        raise AssertionError(f"{rows} rollouts do not divide into micro-batches of {micro_batch_size}")
+    num_rows = rollouts.tokens.shape[0]
+    if num_rows % micro_batch_size:
+        raise AssertionError(f"{num_rows} rollouts do not divide into micro-batches of {micro_batch_size}")
+    layout = layout or SequenceLayout()
+    slices = [slice(first, first + micro_batch_size) for first in range(0, num_rows, micro_batch_size)]
+    fed = _fed(rollouts)
+    readings = [_Reading(fed, [0] * num_rows)]
+    if any(prompt.teacher_token_ids is not None for prompt in rollouts.prompts):
+        readings.append(_of_teacher(rollouts, fed, layout))
+    widths = [[layout.width([len(row) for row in reading.rows[part]]) for part in slices] for reading in readings]
+    if layout.same_width:
+        widths = [[max(of_reading)] * len(slices) for of_reading in widths]
     return [
-        _microbatch(rollouts, slice(first, first + micro_batch_size), aggregation, credit_for, same_width)
-        for first in range(0, rows, micro_batch_size)
+        _microbatch(
+            rollouts,
+            part,
+            [_Reading(reading.rows[part], reading.shifts[part]) for reading in readings],
+            [of_reading[number] for of_reading in widths],
+            aggregation=aggregation,
+            credit_for=credit_for,
+            layout=layout,
+        )
+        for number, part in enumerate(slices)
     ]
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What one model reads of some rows."""
+
+    rows: list[Tensor]
+    """Token ids of each row."""
+    shifts: list[int]
+    """How many columns later a response stands than in the rollouts."""
+
+
+def _fed(rollouts: RolloutBatch) -> list[Tensor]:
+    """The rows as the student reads them: nothing behind the last predictor of a response token, at least one token."""
+    columns = torch.arange(rollouts.tokens.shape[1], device=rollouts.tokens.device)
+    ends = torch.where(rollouts.response_mask, columns, 1).amax(dim=1)
+    return [row[:end] for row, end in zip(rollouts.tokens, ends.tolist(), strict=True)]
+
+
+def _of_teacher(rollouts: RolloutBatch, fed: list[Tensor], layout: SequenceLayout) -> _Reading:
+    """The same responses after the prompts that the teacher reads."""
+    if layout.cp_size > 1:
+        raise ConfigError(
+            f"the teacher reads other prompts than the student, and --context-parallel-size is {layout.cp_size}: a "
+            "response token would lie on one rank for the student and on another for the teacher. Use "
+            "--context-parallel-size 1, or a teacher that reads the same prompt."
+        )
+    rows, shifts = [], []
+    for prompt, row in zip(rollouts.prompts, fed, strict=True):
+        front = prompt.token_ids if prompt.teacher_token_ids is None else prompt.teacher_token_ids
+        rows.append(torch.cat((row.new_tensor(front), row[len(prompt.token_ids) :])))
+        shifts.append(len(front) - len(prompt.token_ids))
+    return _Reading(rows, shifts)
+
+
 def _microbatch(
-    rollouts: RolloutBatch, rows: slice, aggregation: str, credit_for: CreditFor, same_width: bool
+    rollouts: RolloutBatch,
+    rows: slice,
+    readings: list[_Reading],
+    widths: list[int],
+    *,
+    aggregation: str,
+    credit_for: CreditFor,
+    layout: SequenceLayout,
 ) -> HybridMicrobatch:
     tokens, mask = rollouts.tokens[rows], rollouts.response_mask[rows]
-    if not same_width:
-        # Nothing behind the last response token of any row is read; two columns make one position and its target.
-        last = int(mask.any(dim=0).nonzero().max()) if bool(mask.any()) else 1
-        tokens, mask = tokens[:, : last + 1], mask[:, : last + 1]
-    batch, width = tokens.shape
-    # Ascending in the flattened [s, b]: position first, then sequence.
+    # Position first, then sequence: ascending in the flattened [s, b].
     predictor, sequence = mask[:, 1:].T.nonzero(as_tuple=True)
-    column = predictor + 1
+    inputs = []
+    for reading, width in zip(readings, widths, strict=True):
+        shift = torch.tensor(reading.shifts, device=predictor.device)
+        model_input, mine = layout.model_input(reading.rows, sequence, predictor + shift[sequence], width=width)
+        inputs.append(model_input)
     count, scale = normaliser(mask, aggregation)
+    sequence, column = sequence[mine], predictor[mine] + 1
     return HybridMicrobatch(
-        tokens=tokens[:, :-1].contiguous(),
-        position_ids=torch.arange(width - 1, device=tokens.device).expand(batch, -1).contiguous(),
-        attention_mask=None,
-        token_rows=predictor * batch + sequence,
+        student=inputs[0],
+        teacher_input=inputs[-1],
+        sequence_of_token=sequence,
+        tasks=tuple(prompt.task for prompt in rollouts.prompts[rows]),
         targets=tokens[sequence, column],
         weigh=credit_for(rows, sequence, column),
         token_scale=scale[sequence],
-        count=count,
+        # Megatron adds the counts of context-parallel ranks up too, and each of them holds every sequence.
+        count=count if layout.cp_rank == 0 else torch.zeros_like(count),
         sampled_logprobs=rollouts.sampled_logprobs[rows][sequence, column],
     )

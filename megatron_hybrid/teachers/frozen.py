@@ -40,7 +40,7 @@ class FrozenTeacher:
     def annotate(self, batches: Sequence[HybridMicrobatch]) -> list[HiddenPayload | None]:
         """See `Teacher`. Under a pipeline all micro-batches must have one shape [b, s]."""
         schedule = get_forward_backward_func()
-        micro_batch_size, seq_length = batches[0].tokens.shape
+        micro_batch_size, width = batches[0].teacher_input.tokens.shape
         iterators = [iter(batches) for _ in self.model]
         with torch.no_grad():
             payloads = schedule(
@@ -48,7 +48,7 @@ class FrozenTeacher:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.model if len(self.model) > 1 else self.model[0],
                 num_microbatches=len(batches),
-                seq_length=seq_length,
+                seq_length=width * self.parallel.cp.size,  # Megatron divides by it
                 micro_batch_size=micro_batch_size,
                 forward_only=True,
                 collect_non_loss_data=True,
@@ -57,7 +57,7 @@ class FrozenTeacher:
 
 
 def _forward_step(data_iterator: Iterator[HybridMicrobatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-    batch = next(data_iterator)
+    reads = next(data_iterator).teacher_input
     head: list[Callable[[Tensor], Tensor]] = []
 
     def keep_rows(
@@ -68,10 +68,14 @@ def _forward_step(data_iterator: Iterator[HybridMicrobatch], model: Any) -> tupl
                 return head_logits(hidden, output_layer, output_weight, scale_logits)
 
         head.append(logits_of)
-        return select_rows(hidden_states, batch.token_rows)
+        return select_rows(hidden_states, reads.token_rows)
 
     output = unwrap_model([model])[0](
-        batch.tokens, batch.position_ids, batch.attention_mask, output_processor=keep_rows
+        reads.tokens,
+        reads.position_ids,
+        None,
+        packed_seq_params=reads.packed_seq_params,
+        output_processor=keep_rows,
     )
 
     def payload(rows: Tensor, non_loss_data: bool = True) -> HiddenPayload:

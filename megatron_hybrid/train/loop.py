@@ -30,6 +30,7 @@ from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
+from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
 from megatron_hybrid.schedule.microbatch import CreditFor, microbatches
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.train.report import RunReport
@@ -51,6 +52,7 @@ class OnlineLoop:
     config: HybridConfig
     forward_step: HybridForwardStep
     parallel: ParallelContext
+    layout: SequenceLayout
     prompts: PromptStream
     eval_prompts: PromptStream
     sampler: Sampler
@@ -88,7 +90,7 @@ class OnlineLoop:
         measured = next_step % self.gradient_norms_interval == 0 or next_step == 1
         self.forward_step.gradient_norms = measured and not call.forward_only
         batches = self._collect(call)
-        call.feed(batches, seq_length=max(batch.tokens.shape[1] for batch in batches))
+        call.feed(batches, shape=schedule_shape([batch.student for batch in batches], self.parallel.cp.size))
 
     def after_schedule(self, call: ScheduleCall) -> None:
         """An evaluation is reported once its last iteration is done."""
@@ -157,7 +159,7 @@ class OnlineLoop:
             micro_batch_size=micro_batch_size,
             aggregation=self.config.aggregation,
             credit_for=credit,
-            same_width=self.parallel.pp.size > 1,
+            layout=self.layout,
         )
         batches = self._annotate(batches)
         self._clock.lap("teacher")
@@ -239,10 +241,9 @@ class OnlineLoop:
         for batch, token_kl in zip(batches, self.forward_step.token_kl, strict=True):
             if len(rows) >= SHOWN_SAMPLES:
                 break
-            sequence = batch.token_rows % batch.tokens.shape[0]
-            for k in range(batch.tokens.shape[0]):
+            for k in range(len(batch.tasks)):
                 row = len(rows)
-                prompt, of_row = rollouts.prompts[row], sequence == k
+                prompt, of_row = rollouts.prompts[row], batch.sequence_of_token == k
                 rows.append(
                     Sample(
                         prompt=prompt.text,

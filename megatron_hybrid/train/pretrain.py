@@ -31,6 +31,7 @@ from megatron_hybrid.rewards.by_source import default_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.schedule.forward_step import HybridForwardStep, Runtime
 from megatron_hybrid.schedule.inject import injected
+from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.train import journal
 from megatron_hybrid.train.loop import OnlineLoop
 from megatron_hybrid.train.report import RunReport
@@ -305,6 +306,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         config=config,
         forward_step=forward_step,
         parallel=parallel,
+        layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
         prompts=prepared.prompts,
         eval_prompts=prepared.eval_prompts,
         sampler=sampler,

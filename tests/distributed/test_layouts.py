@@ -73,6 +73,7 @@ def gradient(overrides: dict[str, Any], aggregation: str = "seq-mean-token-sum")
     from megatron_hybrid.returns.baselines import reward_advantages
     from megatron_hybrid.returns.weights import make_weigh
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
+    from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
     from megatron_hybrid.schedule.microbatch import microbatches
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from tests.tiny import build, megatron, set_weights, start
@@ -101,13 +102,12 @@ def gradient(overrides: dict[str, Any], aggregation: str = "seq-mean-token-sum")
                 imitation_weight=0.5,
             )
 
-        pipeline = parallel.pp.size > 1  # elsewhere each micro-batch has its own width
         batches = microbatches(
             batch,
             micro_batch_size=args.micro_batch_size,
             aggregation=aggregation,
             credit_for=credit_for,
-            same_width=pipeline,
+            layout=SequenceLayout.of(parallel),
         )
         payloads = FrozenTeacher(teacher_model, parallel).annotate(batches)
         batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
@@ -118,14 +118,15 @@ def gradient(overrides: dict[str, Any], aggregation: str = "seq-mean-token-sum")
             chunk.zero_grad_buffer()
             # With the distributed optimizer each replica keeps a part of the gradient; here all of it is compared.
             chunk.force_all_reduce = True
+        micro_batch_size, seq_length = schedule_shape([b.student for b in batches], parallel.cp.size)
         iterators = [iter(batches) for _ in model]
         reports = get_forward_backward_func()(
             forward_step_func=HybridForwardStep(HybridConfig(aggregation=aggregation)),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model if len(model) > 1 else model[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=args.micro_batch_size,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
             forward_only=False,
             force_all_reduce=True,
         )

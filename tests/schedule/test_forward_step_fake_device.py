@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.ops.function import HybridLossFunction
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, TokenStats
+from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput, TokenStats
 from megatron_hybrid.returns.weights import make_weigh
 from megatron_hybrid.schedule.forward_step import HybridForwardStep, Runtime, _hybrid_loss
 from megatron_hybrid.train.loop import OnlineLoop
@@ -61,11 +61,13 @@ def micro_batch(
         imitation_weight=config.imitation_weight,
         group_id=torch.zeros(B, dtype=torch.long, device=GPU) if grouped else None,
     )
+    ids = torch.zeros(B, S, dtype=torch.long, device=GPU)
+    student = ModelInput(tokens=ids, position_ids=ids, token_rows=index)
     return HybridMicrobatch(
-        tokens=torch.zeros(B, S, dtype=torch.long, device=GPU),
-        position_ids=torch.zeros(B, S, dtype=torch.long, device=GPU),
-        attention_mask=None,
-        token_rows=index,
+        student=student,
+        teacher_input=student,
+        sequence_of_token=index,
+        tasks=("task",) * B,
         targets=index,
         weigh=weigh,
         token_scale=torch.ones(N, device=GPU),
@@ -91,7 +93,7 @@ def last_stage(
         output_weight=torch.randn(COLUMNS, H, device=GPU, dtype=dtype).requires_grad_(),
         scale_logits=lambda logits: logits,
         context=batch,
-        input_ids=batch.tokens,  # and whatever else Megatron hands to a processor
+        input_ids=batch.student.tokens,  # and whatever else Megatron hands to a processor
     )
     return step, loss, head
 
@@ -138,7 +140,8 @@ def test_the_rehearsal_notices_a_tensor_on_the_wrong_device(place):
     elif place == "weights":
         object.__setattr__(batch, "weigh", lambda stats: (torch.ones(N), torch.zeros(N)))
     else:
-        object.__setattr__(batch, place, torch.zeros_like(getattr(batch, place), device="cpu"))
+        owner = batch.student if place == "token_rows" else batch
+        object.__setattr__(owner, place, torch.zeros_like(getattr(owner, place), device="cpu"))
     with pytest.raises((RuntimeError, ValueError)):
         last_stage(batch, config, torch.float32)
 

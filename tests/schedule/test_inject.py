@@ -27,7 +27,7 @@ class Recorder:
 
     def before_schedule(self, call: ScheduleCall) -> None:
         self.seen.append(("before", dict(call.kwargs)))
-        call.feed(["first", "second"], seq_length=7)
+        call.feed(["first", "second"], shape=(3, 7))
 
     def after_schedule(self, call: ScheduleCall) -> None:
         self.seen.append(("after", call.forward_only))
@@ -86,7 +86,7 @@ def test_a_schedule_call_is_fed_between_the_hooks(hooks):
 
 def test_every_chunk_of_an_interleaved_pipeline_reads_the_same_batches():
     call = ScheduleCall({"data_iterator": [iter(()), iter(())], "model": [object(), object()], "forward_only": True})
-    call.feed(["first", "second"], seq_length=7)
+    call.feed(["first", "second"], shape=(3, 7))
     assert [list(iterator) for iterator in call.kwargs["data_iterator"]] == [["first", "second"]] * 2
     assert call.kwargs.get("decoder_seq_length") is None
     assert call.forward_only
@@ -94,7 +94,7 @@ def test_every_chunk_of_an_interleaved_pipeline_reads_the_same_batches():
 
 def test_a_list_of_one_chunk_keeps_its_list_of_one_iterator():
     call = ScheduleCall({"data_iterator": [iter(())], "model": [object()]})
-    call.feed(["only"], seq_length=7)
+    call.feed(["only"], shape=(3, 7))
     (iterator,) = call.kwargs["data_iterator"]
     assert list(iterator) == ["only"]
 

@@ -56,10 +56,10 @@ def rows_of(batch: RolloutBatch, row: int) -> RolloutBatch:
 def test_rows_and_targets_by_hand():
     first, second = cut(rollouts(), 2)
     # Row 0 answers in columns 2 and 3, row 1 in columns 1 to 4: predicted by t - 1, at (t - 1) * 2 + row.
-    assert first.token_rows.tolist() == [0 * 2 + 1, 1 * 2 + 0, 1 * 2 + 1, 2 * 2 + 0, 2 * 2 + 1, 3 * 2 + 1]
+    assert first.student.token_rows.tolist() == [0 * 2 + 1, 1 * 2 + 0, 1 * 2 + 1, 2 * 2 + 0, 2 * 2 + 1, 3 * 2 + 1]
     assert first.targets.tolist() == [11, 2, 12, 3, 13, 14]
     # Row 2 of the batch has no response; row 3 answers in columns 2 to 5 and is sequence 1 here.
-    assert second.token_rows.tolist() == [1 * 2 + 1, 2 * 2 + 1, 3 * 2 + 1, 4 * 2 + 1]
+    assert second.student.token_rows.tolist() == [1 * 2 + 1, 2 * 2 + 1, 3 * 2 + 1, 4 * 2 + 1]
     assert second.targets.tolist() == [32, 33, 34, 35]
 
 
@@ -68,19 +68,19 @@ def test_a_response_token_at_column_t_is_predicted_by_the_fed_token_at_t_minus_1
     batch = rollouts()
     seen = set()
     for number, micro in enumerate(cut(batch, size)):
-        fed = micro.tokens.T.flatten()  # Megatron's [s, b], flattened
-        before = fed[micro.token_rows]
+        fed = micro.student.tokens.T.flatten()  # Megatron's [s, b], flattened
+        before = fed[micro.student.token_rows]
         assert torch.equal(before + 1, micro.targets)  # the next column of the same row, by how the tokens were made
         seen |= {divmod(token, 10) for token in micro.targets.tolist()}
-        assert micro.tokens.shape == (size, WIDTH - 1)
-        assert torch.equal(micro.tokens, batch.tokens[number * size : (number + 1) * size, :-1])
+        assert micro.student.tokens.shape == (size, WIDTH - 1)
+        assert torch.equal(micro.student.tokens, batch.tokens[number * size : (number + 1) * size, :-1])
     assert seen == {tuple(place) for place in batch.response_mask.nonzero().tolist()}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_rows_are_ascending_in_the_flattened_order(size):
     for micro in cut(rollouts(), size):
-        assert micro.token_rows.tolist() == sorted(set(micro.token_rows.tolist()))
+        assert micro.student.token_rows.tolist() == sorted(set(micro.student.token_rows.tolist()))
 
 
 def test_a_micro_batch_of_its_own_width_ends_with_its_longest_response():
@@ -89,22 +89,22 @@ def test_a_micro_batch_of_its_own_width_ends_with_its_longest_response():
 
     batch = rollouts()
     short, silent, long = (
-        microbatches(part, micro_batch_size=1, aggregation="token-mean", credit_for=credit_for, same_width=False)[0]
+        microbatches(part, micro_batch_size=1, aggregation="token-mean", credit_for=credit_for)[0]
         for part in (rows_of(batch, 0), rows_of(batch, 2), rows_of(batch, 3))
     )
-    assert short.tokens.tolist() == [[0, 1, 2]]  # the response ends in column 3, which is only predicted
+    assert short.student.tokens.tolist() == [[0, 1, 2]]  # the response ends in column 3, which is only predicted
     assert short.targets.tolist() == [2, 3]
-    assert silent.tokens.shape == (1, 1)
+    assert silent.student.tokens.shape == (1, 1)
     assert len(silent.targets) == 0
-    assert long.tokens.tolist() == [[30, 31, 32, 33, 34]]
+    assert long.student.tokens.tolist() == [[30, 31, 32, 33, 34]]
 
 
 def test_a_micro_batch_keeps_everything_of_its_own_tokens():
     for micro in cut(rollouts(), 2):
         assert torch.equal(micro.sampled_logprobs, -micro.targets.float() / 100)
-        assert torch.equal(micro.position_ids, torch.arange(WIDTH - 1).expand(2, -1))
-        assert micro.tokens.is_contiguous() and micro.position_ids.is_contiguous()
-        assert micro.attention_mask is None and micro.teacher is None
+        assert torch.equal(micro.student.position_ids, torch.arange(WIDTH - 1).expand(2, -1))
+        assert micro.student.tokens.is_contiguous() and micro.student.position_ids.is_contiguous()
+        assert micro.student is micro.teacher_input and micro.teacher is None
 
 
 def test_credit_is_asked_with_rows_of_the_batch_and_columns_of_the_tokens():
@@ -133,8 +133,8 @@ def test_a_micro_batch_without_any_response_has_no_rows_and_counts_nothing():
     batch = rollouts()
     silent = dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
     for micro in cut(silent, 2):
-        assert len(micro.token_rows) == len(micro.targets) == len(micro.token_scale) == micro.count.item() == 0
-        assert micro.tokens.shape == (2, WIDTH - 1)  # stages still exchange activations of this shape
+        assert len(micro.student.token_rows) == len(micro.targets) == len(micro.token_scale) == micro.count.item() == 0
+        assert micro.student.tokens.shape == (2, WIDTH - 1)  # stages still exchange activations of this shape
 
 
 def test_rollouts_that_do_not_divide_are_our_own_mistake():

@@ -13,6 +13,7 @@ from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
+from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.schedule.microbatch import microbatches
 from megatron_hybrid.train.loop import SHOWN_SAMPLES, OnlineLoop
 
@@ -68,6 +69,7 @@ def loop_after_a_step(batch: RolloutBatch, size: int, *, has_teacher: bool = Tru
         config=HybridConfig(),
         forward_step=step,
         parallel=ParallelContext(),
+        layout=SequenceLayout(),
         prompts=missing,
         eval_prompts=missing,
         sampler=Decoder(),  # type: ignore[arg-type]
