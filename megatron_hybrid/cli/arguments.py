@@ -38,9 +38,11 @@ def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         for f in fields(config):
             assert f.default is not MISSING, f.name
             kind = _kind(str(f.type))
+            default = "unset" if f.default is None else f.default
+            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
             if kind is bool:
                 assert f.default is False, f.name
-                group.add_argument(_flag(f.name), action="store_true", help=f.metadata["help"])
+                group.add_argument(_flag(f.name), action="store_true", help=text)
                 continue
             group.add_argument(
                 _flag(f.name),
@@ -48,9 +50,7 @@ def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                 default=f.default,
                 choices=f.metadata["choices"],
                 metavar=None if f.metadata["choices"] else kind.__name__.upper(),
-                help=f"{f.metadata['help']} (default: {'unset' if f.default is None else f.default})".replace(
-                    "%", "%%"
-                ),
+                help=text,
             )
     return parser
 

@@ -217,7 +217,7 @@ def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, port: int
     while True:
         try:
             port, path, job = pickle.loads(pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):  # closed by the parent, or reset where it did not read this rank's last answer
             return
         sys.path.extend(entry for entry in path if entry not in sys.path)
         if not init:
