@@ -87,14 +87,31 @@ Weigh = Callable[[TokenStats], "tuple[Tensor, Tensor]"]
 """Credit assignment as the op calls it: the stats to (imitation_weight, advantage), both fp32 in the stats' shape."""
 
 
+ALL_ROWS = slice(None)
+
+
+class LogitsPayload:
+    """A teacher's whole distributions for one micro-batch; their logits exist only while somebody reads them."""
+
+    def logits(self, rows: slice = ALL_ROWS) -> Tensor:
+        """[rows, v/tp]: this rank's shard for these of the n response tokens, no gradient; not to be written into.
+
+        May hold collectives over tensor-parallel ranks, which all read the same rows at the same time.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class HiddenPayload:
+class HiddenPayload(LogitsPayload):
     """What a teacher left for one micro-batch, on the last pipeline stage; filled by `teachers`."""
 
     hidden: Tensor
     """[n, h] in the teacher's dtype: hidden states after its final norm, one row per response token."""
     logits_of: Callable[[Tensor], Tensor]
     """The teacher's own head: [n, h] to logits [n, v/tp] of this rank's shard, no gradient."""
+
+    def logits(self, rows: slice = ALL_ROWS) -> Tensor:
+        return self.logits_of(self.hidden[rows])
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,7 @@ class TopKPayload:
     """[n, k] fp32, nats, at the teacher's temperature; equal on every tensor-parallel rank."""
 
 
-TeacherPayload = HiddenPayload | TopKPayload
+TeacherPayload = LogitsPayload | TopKPayload
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, TokenStats
+from megatron_hybrid.records import HybridMicrobatch, LogitsPayload, TokenStats
 
 IGNORED = -100
 Output = tuple[Tensor, Callable[..., Any]]
