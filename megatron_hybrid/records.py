@@ -7,8 +7,8 @@ annotations here: importing the records costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +57,17 @@ class RolloutBatch:
     policy_version: int
     """Optimizer steps taken before sampling."""
     seed: int
+
+    def take(self, rows: Sequence[int]) -> RolloutBatch:
+        """These rows, in this order."""
+        index = list(rows)
+        tensors = {
+            name: getattr(self, name)[index] for name in ("tokens", "response_mask", "sampled_logprobs", "group_id")
+        }
+        tuples = {
+            name: tuple(getattr(self, name)[row] for row in index) for name in ("prompts", "truncated", "responses")
+        }
+        return replace(self, **tensors, **tuples)
 
 
 @dataclass(frozen=True)

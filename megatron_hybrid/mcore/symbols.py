@@ -47,6 +47,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.training.training", "evaluate_and_print_results"),
     ("megatron.training.training", "get_forward_backward_func"),
     ("megatron.training.training", "pretrain"),
+    ("megatron.training.training", "save_checkpoint_and_time"),
     ("megatron.training.training", "training_log"),
 )
 """(module, name) of everything the package takes from Megatron, sorted; a test reads the package and compares."""
@@ -58,6 +59,7 @@ EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "training_log",
         ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),
     ),
+    ("megatron.training.training", "save_checkpoint_and_time", ("iteration",)),
     ("megatron.training.training", "pretrain", ("train_valid_test_dataset_provider", "forward_step_func")),
 )
 

@@ -122,7 +122,7 @@ class HybridForwardStep:
         config, runtime, batch = self._ready(), self._known(), context
         hidden = select_rows(hidden_states, batch.student.token_rows)
         student = head_logits(hidden, output_layer, output_weight, scale_logits)
-        teacher = batch.teacher.logits_of(batch.teacher.hidden) if isinstance(batch.teacher, HiddenPayload) else None
+        teacher = batch.teacher.logits() if isinstance(batch.teacher, LogitsPayload) else None
         weights: list[tuple[Tensor, Tensor]] = []
 
         def weigh(stats: TokenStats) -> tuple[Tensor, Tensor]:

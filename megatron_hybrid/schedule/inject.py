@@ -1,9 +1,9 @@
-"""The one place where Megatron is wrapped: the schedule call and its log line, for the length of a block.
+"""The one place where Megatron is wrapped: the schedule call, its log line and its saves, for the length of a block.
 
-`megatron.training` fetches its schedule with `get_forward_backward_func` and reports a step with `training_log`. Inside
-`injected(hooks)` both names in that one module lead through `Hooks`: rollouts and the teacher pass happen before a
-schedule call, and its micro-batches replace the data iterator. Calls with any other forward step pass through
-untouched, and both originals are put back on exit, whatever happened.
+`megatron.training` fetches its schedule with `get_forward_backward_func`, reports a step with `training_log` and saves
+with `save_checkpoint_and_time`. Inside `injected(hooks)` these names of that one module lead through `Hooks`: rollouts
+and the teacher pass happen before a schedule call, and its micro-batches replace the data iterator. Calls with any
+other forward step pass through untouched, and the originals are put back on exit, whatever happened.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class Hooks(Protocol):
     def after_step(self, record: dict[str, Any]) -> None:
         """The optimizer has stepped; `record` holds the arguments of Megatron's `training_log`."""
 
+    def before_save(self, iteration: int) -> None:
+        """Megatron is about to write a checkpoint of `iteration` steps."""
+
 
 @contextlib.contextmanager
 def injected(hooks: Hooks) -> Iterator[None]:
@@ -71,8 +74,10 @@ def injected(hooks: Hooks) -> Iterator[None]:
     """
     check_megatron()
     training: Any = importlib.import_module("megatron.training.training")
-    get_schedule, training_log = training.get_forward_backward_func, training.training_log
-    log_signature = inspect.signature(training_log)
+    names = ("get_forward_backward_func", "training_log", "save_checkpoint_and_time")
+    originals = {name: getattr(training, name) for name in names}
+    get_schedule, training_log, save = originals.values()
+    log_signature, save_signature = inspect.signature(training_log), inspect.signature(save)
 
     def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         return _wrap(get_schedule(*args, **kwargs), hooks)
@@ -82,11 +87,18 @@ def injected(hooks: Hooks) -> Iterator[None]:
         hooks.after_step(dict(log_signature.bind(*args, **kwargs).arguments))
         return result
 
-    training.get_forward_backward_func, training.training_log = get_wrapped_schedule, wrapped_log
+    def wrapped_save(*args: Any, **kwargs: Any) -> Any:
+        hooks.before_save(int(save_signature.bind(*args, **kwargs).arguments["iteration"]))
+        return save(*args, **kwargs)
+
+    wrapped = (get_wrapped_schedule, wrapped_log, wrapped_save)
+    for name, function in zip(names, wrapped, strict=True):
+        setattr(training, name, function)
     try:
         yield
     finally:
-        training.get_forward_backward_func, training.training_log = get_schedule, training_log
+        for name, original in originals.items():
+            setattr(training, name, original)
 
 
 def _wrap(schedule: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:

@@ -5,8 +5,9 @@
 padded   one sequence per row of [b, s], padding on the right
 packed   (Megatron's THD) all sequences behind one another in one row, described by PackedSeqParams
 
-Context parallelism cuts a sequence into 2 cp equal chunks; rank r holds chunks r and 2 cp - 1 - r, so that a causal mask
-gives every rank the same work (Megatron's zig-zag). Padded rows are cut as a whole, packed sequences each on its own.
+Context parallelism cuts a sequence into 2 cp equal chunks; rank r holds chunks r and 2 cp - 1 - r, so that a causal
+mask gives every rank the same work (Megatron's zig-zag). Padded rows are cut as a whole, packed sequences each on its
+own.
 No collective: every rank works out its own part of what all of them know.
 """
 

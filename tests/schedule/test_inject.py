@@ -11,7 +11,7 @@ from megatron_hybrid.errors import MegatronMismatch
 from megatron_hybrid.mcore.symbols import BORROWED, SEEN_VERSIONS, megatron_version
 from megatron_hybrid.schedule.inject import ScheduleCall, injected
 
-NAMES = ("get_forward_backward_func", "training_log")
+NAMES = ("get_forward_backward_func", "training_log", "save_checkpoint_and_time")
 
 
 def originals() -> list[Any]:
@@ -35,6 +35,9 @@ class Recorder:
     def after_step(self, record: dict[str, Any]) -> None:
         self.seen.append(("step", record))
 
+    def before_save(self, iteration: int) -> None:
+        self.seen.append(("before save", iteration))
+
 
 @pytest.fixture
 def hooks(monkeypatch) -> Recorder:
@@ -49,14 +52,24 @@ def hooks(monkeypatch) -> Recorder:
         hooks.seen.append(("log", iteration))
         return "memory flag"
 
+    def save_checkpoint_and_time(iteration, model) -> None:
+        hooks.seen.append(("save", iteration))
+
     monkeypatch.setattr(training, "get_forward_backward_func", lambda **kwargs: schedule)
     monkeypatch.setattr(training, "training_log", training_log)
+    monkeypatch.setattr(training, "save_checkpoint_and_time", save_checkpoint_and_time)
     # The stand-in log has a signature of its own; that the real one fits is what tests/mcore/test_symbols.py checks.
     monkeypatch.setattr("megatron_hybrid.schedule.inject.check_megatron", lambda: None)
     return hooks
 
 
-def test_both_names_are_ours_inside_the_block_and_the_originals_after_it():
+def test_our_state_is_ready_before_megatron_saves(hooks):
+    with injected(hooks):
+        training.save_checkpoint_and_time(7, object())
+    assert hooks.seen == [("before save", 7), ("save", 7)]
+
+
+def test_all_names_are_ours_inside_the_block_and_the_originals_after_it():
     before = originals()
     with injected(Recorder()):
         assert not any(now is then for now, then in zip(originals(), before, strict=True))
