@@ -5,8 +5,9 @@ Per token, with p = softmax(z/T), q = softmax(w/T'), and weights held constant:
     loss         beta KL(p || q) - A log p(y)
     dloss/dz_v   ( beta p_v ((log p_v - log q_v) - KL) + A (p_v - 1[v = y]) ) / T
 
-Forward: one all-gather of 32 bytes per token and rank; none at tp = 1.  Backward: no collective.  Memory of vocabulary
-size: the gradient in the logits' dtype, or nothing with `inplace=True`.
+With another `divergence` D(p, q) in the place of the KL: p_v (g_v - E_p[g]) for the bracket, g = dD/dp (`mixtures.py`).
+Forward: one all-gather of 32 bytes per token and rank, a second one of 8 for another divergence; none at tp = 1.
+Backward: no collective.  Memory of vocabulary size: the gradient in the logits' dtype, or nothing with `inplace=True`.
 Not here: sums over tokens, masks as multiplications, rewards. Whoever calls owns them, through the weights.
 """
 
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops import eager
+from megatron_hybrid.ops import eager, mixtures
 from megatron_hybrid.ops.call import read_call
-from megatron_hybrid.ops.function import Backend, HybridLossFunction, Plan
+from megatron_hybrid.ops.divergence import Mixture, mixture_of
+from megatron_hybrid.ops.function import Backend, HybridLossFunction, MixturePasses, Plan
 from megatron_hybrid.parallel import Group
 from megatron_hybrid.records import TokenStats, Weigh
 
 BACKENDS: dict[str, Backend] = {"torch": eager}
+MIXTURE_PASSES: dict[str, MixturePasses] = {"torch": mixtures}
+"""Divergences other than the reverse KL, by backend; a backend that is missing here declines them."""
 
 
 class HybridLoss(NamedTuple):
@@ -38,6 +42,8 @@ class HybridLoss(NamedTuple):
     """log q(target), nats, detached; 0 without a teacher."""
     entropy: Tensor
     """Of the student, nats, detached."""
+    divergence: Tensor
+    """What the dense part differentiates, nats, detached: the `kl` unless another divergence was asked for."""
 
 
 def vocab_parallel_hybrid_loss(
@@ -55,9 +61,11 @@ def vocab_parallel_hybrid_loss(
     inplace: bool = False,
     ignore_index: int | None = -100,
     teacher_logit_floor: float | None = None,
+    divergence: str = "reverse_kl",
+    divergence_mix: float = 0.5,
     backend: str = "torch",
 ) -> HybridLoss:
-    """imitation_weight * KL(student || teacher) - advantage * log p(target) for every token, minimised.
+    """imitation_weight * divergence(student, teacher) - advantage * log p(target) for every token, minimised.
 
     student_logits       [..., v/tp] any float type; rank r holds columns r*v/tp ... of the padded vocabulary
     teacher_logits       same shape, no gradient; None: no imitation term (its weight has no effect)
@@ -73,12 +81,18 @@ def vocab_parallel_hybrid_loss(
                          them waits for the device; None promises that every row counts, and nothing waits
     teacher_logit_floor  raw teacher logits below this are raised to it. Without it, a teacher's -inf where the student
                          has mass makes KL and loss +inf; an infinite KL has no gradient: its dense part is exactly 0
+    divergence           reverse_kl  KL(p||q): the only one that adds up to that of whole responses, and so has a
+                                     trajectory objective and a future cost; the others are one-step losses
+                         forward_kl  KL(q||p); +inf, with no dense gradient, where the student forbids what q may say
+                         jsd, skewed_kl, skewed_reverse_kl  to a mixture of both, always finite; see `divergence.py`
+    divergence_mix       their mixture, in (0, 1): GKD's beta, DistiLLM's alpha; the KLs ignore it
     backend              "torch"
 
     A target outside the vocabulary raises where the data is: at once on a CPU, at the next synchronisation on a GPU.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+    mixture = choose_mixture(divergence, divergence_mix, backend)
     if weigh is not None and not (_is_number(imitation_weight, 1.0) and _is_number(advantage, 0.0)):
         raise ConfigError(
             "got weigh and also imitation_weight or advantage: weigh gives both weights, so the others would be "
@@ -106,8 +120,21 @@ def vocab_parallel_hybrid_loss(
         return as_weight("imitation_weight", imitation, target), as_weight("advantage", credit, target)
 
     teacher = None if teacher_logits is None else teacher_logits.detach()
-    plan = Plan(call, BACKENDS[backend], weights, inplace)
+    plan = Plan(call, BACKENDS[backend], weights, inplace, mixture)
     return HybridLoss(*HybridLossFunction.apply(student_logits, teacher, plan))
+
+
+def choose_mixture(divergence: str, divergence_mix: float, backend: str) -> tuple[Mixture, MixturePasses] | None:
+    """The divergence and the passes that compute it; None for the reverse KL, which every backend has."""
+    mixture = mixture_of(divergence, divergence_mix)
+    if mixture is None:
+        return None
+    if backend not in MIXTURE_PASSES:
+        raise ConfigError(
+            f"backend {backend!r} computes the reverse KL only, got divergence {divergence!r}: the others need "
+            f"passes of their own. Use backend {' or '.join(map(repr, MIXTURE_PASSES))}, or divergence 'reverse_kl'."
+        )
+    return mixture, MIXTURE_PASSES[backend]
 
 
 def as_weight(name: str, value: float | Tensor, target: Tensor) -> Tensor:

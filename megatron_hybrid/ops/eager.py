@@ -29,7 +29,7 @@ _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 
 _LOWEST = torch.finfo(torch.float32).min
 """Where a maximum starts: from -inf, the all -inf rows would make NaN; from 0, very negative logits would underflow."""
-_FAR = 1e20
+FAR = 1e20
 """Stands for infinity in the gradient pass, where a probability of 0 (or a weight of 0) multiplies it: finite, so that
 the product is 0; far below fp32's 3e38, so that a loss scale of 2**32 cannot lift it there."""
 _STEPS = 1024
@@ -78,7 +78,6 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
                   columns beyond the vocabulary become exactly 0.
     """
     shard, n = call.shard, len(call.target)
-    out[:, shard.width :] = 0
     blocks = row_blocks(n, shard.width, student)
     z_buffer, d_buffer, spare_buffer = block_buffers(3, blocks, shard.width, student)
     for start, stop in blocks:
@@ -86,12 +85,23 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
         m_z, m_w, k, a, b, c = coefficients[start:stop].split(1, dim=-1)
         centred_difference(z, d, spare, student, teacher, call, start, m_z, m_w, k)
         gradient = d.mul_(a).add_(b).mul_(z.exp_())
-        column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
-        gradient.scatter_add_(1, column, torch.where(here, -c, 0.0))
-        if call.rows is None:
-            out[start:stop, : shard.width] = gradient
-        else:
-            out[:, : shard.width].index_copy_(0, call.rows[start:stop], gradient.to(out.dtype))
+        write_block(gradient, c, call, start, stop, out)
+    clear_uncounted(call, out)
+
+
+def write_block(gradient: Tensor, c: Tensor, call: Call, start: int, stop: int, out: Tensor) -> None:
+    """gradient [r, width] minus c [r, 1] at the target, rounded once into counted rows [start:stop] of `out`."""
+    column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
+    gradient.scatter_add_(1, column, torch.where(here, -c, 0.0))
+    if call.rows is None:
+        out[start:stop, : call.shard.width] = gradient
+    else:
+        out[:, : call.shard.width].index_copy_(0, call.rows[start:stop], gradient.to(out.dtype))
+
+
+def clear_uncounted(call: Call, out: Tensor) -> None:
+    """Exactly 0 in the rows of `out` that do not count and in the columns beyond the vocabulary, whatever they held."""
+    out[:, call.shard.width :] = 0
     if call.rows is not None:
         dropped = torch.ones(len(out), dtype=torch.bool, device=out.device).index_fill_(0, call.rows, False)
         out.masked_fill_(dropped.unsqueeze(1), 0)  # not multiplied: NaN * 0 is NaN
@@ -120,9 +130,15 @@ def centred_difference(
         d.zero_()
     else:
         teacher_raw = _raw(d, _block(teacher, call, start, stop), shard.teacher_floor)
-        rest = _difference(d, spare, student_raw, teacher_raw, m_z, m_w, shard, lowest=-_FAR)
-        d.clamp_(min=-_FAR, max=_FAR).sub_(rest + k)
+        rest = _difference(d, spare, student_raw, teacher_raw, m_z, m_w, shard, lowest=-FAR)
+        d.clamp_(min=-FAR, max=FAR).sub_(rest + k)
     _scaled(torch.sub(student_raw, m_z, out=z), shard.student_scale)
+
+
+def teacher_exponentials(out: Tensor, teacher: Tensor, call: Call, start: int, m_w: Tensor) -> Tensor:
+    """Fills out [r, width] with exp(w - m_w) of the counted rows from `start`."""
+    raw = _raw(out, _block(teacher, call, start, start + len(out)), call.shard.teacher_floor)
+    return _scaled(torch.sub(raw, m_w, out=out), call.shard.teacher_scale).exp_()
 
 
 def _difference(

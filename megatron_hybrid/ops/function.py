@@ -1,12 +1,13 @@
 """What every backend shares: merging the shards, folding the weights into coefficients, autograd around both.
 
-    forward    shard stats -> one all-gather of [n, 8] -> merge -> weigh -> loss = beta KL - A log pi(y)
+    forward    shard stats -> one all-gather of [n, 8] -> merge -> weigh -> loss = beta D - A log pi(y)
     backward   dloss/dz = g/T * ( beta p (d - k) + A (p - onehot(y)) ),  p = e/s_z,  k = E_p[d]
                         = e (a (d - k) + b) - c onehot(y),   a = g beta/(T s_z),  b = g A/(T s_z),  c = g A/T
 
-g is the gradient of the loss that arrives, T the student's temperature, e and d as in `eager.py`. Forward: one
-collective, merged in rank order, so all ranks hold the same bits. Backward: none. Saved: the inputs and a few numbers
-per token.
+g is the gradient of the loss that arrives, T the student's temperature, e and d as in `eager.py`; D is the reverse KL.
+Another divergence (`divergence.py`) reads the shards once more and gathers [n, 2] between merge and weigh, and has a
+gradient pass of its own. Forward: these one or two collectives, merged in rank order, so all ranks hold the same bits.
+Backward: none. Saved: the inputs and a few numbers per token.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hybrid.collectives import gather_ranks
+from megatron_hybrid.collectives import gather_ranks, sum_over_ranks
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.ops.call import Call, Shard, rows_of
+from megatron_hybrid.ops.divergence import Mixture
 from megatron_hybrid.records import TokenStats
 
 
@@ -31,6 +33,16 @@ class Backend(Protocol):
 
     @property
     def shard_gradient(self) -> Callable[[Tensor, Tensor | None, Call, Tensor, Tensor], None]: ...
+
+
+class MixturePasses(Protocol):
+    """The two passes of `mixtures.py`: what a backend has besides, to compute other divergences than the reverse KL."""
+
+    @property
+    def shard_sums(self) -> Callable[[Tensor, Tensor, Call, Mixture, Tensor], Tensor]: ...
+
+    @property
+    def shard_gradient(self) -> Callable[[Tensor, Tensor, Call, Mixture, Tensor, Tensor], None]: ...
 
 
 class Merged(NamedTuple):
@@ -45,6 +57,8 @@ class Merged(NamedTuple):
     mean_difference: Tensor
     """k = E_p[d]; the teacher's and the student's normalisers are not in it. +inf where the KL is."""
     stats: TokenStats
+    s_w: Tensor
+    """Sum of exp(w - m_w); 0 without a teacher."""
 
 
 def merge_shards(gathered: Tensor, shard: Shard, *, has_teacher: bool) -> Merged:
@@ -68,7 +82,7 @@ def merge_shards(gathered: Tensor, shard: Shard, *, has_teacher: bool) -> Merged
         # The log of the ratio, not the difference of the logs: a KL near 0 keeps its digits.
         kl = torch.where(mean_difference == torch.inf, torch.inf, mean_difference + (s_w / s_z).log())
         teacher_log_prob = (w_y_r.sum(0) - m_w) * shard.teacher_scale - s_w.log()
-    return Merged(m_z, s_z, m_w, mean_difference, TokenStats(kl, log_prob, teacher_log_prob, entropy))
+    return Merged(m_z, s_z, m_w, mean_difference, TokenStats(kl, log_prob, teacher_log_prob, entropy), s_w)
 
 
 def merged_stats(backend: Backend, student: Tensor, teacher: Tensor | None, call: Call) -> Merged:
@@ -76,6 +90,29 @@ def merged_stats(backend: Backend, student: Tensor, teacher: Tensor | None, call
     stats = backend.shard_stats(student, teacher, call)
     gathered = gather_ranks(stats, call.group) if len(call.target) else stats.unsqueeze(0)
     return merge_shards(gathered, call.shard, has_teacher=teacher is not None)
+
+
+class MixtureNumbers(NamedTuple):
+    """Per-token numbers of a divergence other than the reverse KL, [n] fp32 each, equal on every rank."""
+
+    m_z: Tensor
+    m_w: Tensor
+    offset: Tensor
+    """log(s_z/s_w): log p - log q = d - offset."""
+    s_z: Tensor
+    s_w: Tensor
+    mean_slope: Tensor
+    """E_p[g], g as in `mixtures.py`."""
+
+
+def merged_mixture(
+    passes: MixturePasses, mixture: Mixture, student: Tensor, teacher: Tensor, call: Call, merged: Merged
+) -> tuple[Tensor, MixtureNumbers]:
+    """(divergence [n], numbers of its gradient): the second read of the shards and the second collective."""
+    numbers = (merged.m_z, merged.m_w, (merged.s_z / merged.s_w).log(), merged.s_z, merged.s_w)
+    sums = passes.shard_sums(student, teacher, call, mixture, torch.stack(numbers, dim=-1))
+    divergence, mean_slope = (sum_over_ranks(sums, call.group) if len(sums) else sums).unbind(-1)
+    return divergence, MixtureNumbers(*numbers, mean_slope)
 
 
 @dataclass(frozen=True)
@@ -87,25 +124,33 @@ class Plan:
     weights: Callable[[TokenStats], tuple[Tensor, Tensor]]
     """Stats in the target's shape to (imitation_weight, advantage), fp32, in the target's shape."""
     inplace: bool
+    mixture: tuple[Mixture, MixturePasses] | None = None
+    """A divergence other than the reverse KL, and who computes it."""
 
 
 class HybridLossFunction(torch.autograd.Function):
-    """(loss, kl, log_prob, teacher_log_prob, entropy), each in the target's shape; only the loss has a gradient."""
+    """The fields of `HybridLoss`, in the target's shape; only the loss has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
         call = plan.call
         teacher = None if teacher_logits is None else rows_of(teacher_logits)
-        merged = merged_stats(plan.backend, rows_of(student_logits), teacher, call)
+        student = rows_of(student_logits)
+        merged = merged_stats(plan.backend, student, teacher, call)
+        divergence, numbers = merged.stats.kl, _gradient_numbers(merged)
+        if plan.mixture is not None and teacher is not None:
+            mixture, passes = plan.mixture
+            divergence, numbers = merged_mixture(passes, mixture, student, teacher, call, merged)
         stats = TokenStats(*(call.restored(value) for value in vars(merged.stats).values()))
         imitation, advantage = (call.counted(weight) for weight in plan.weights(stats))
         # Selected, not multiplied: a weight of 0 drops a term even where it is infinite.
-        loss = torch.where(imitation == 0, 0.0, imitation * merged.stats.kl)
+        loss = torch.where(imitation == 0, 0.0, imitation * divergence)
         loss = loss - torch.where(advantage == 0, 0.0, advantage * merged.stats.log_prob)
         ctx.plan, ctx.spent = plan, False
-        ctx.save_for_backward(student_logits, teacher_logits, *_gradient_numbers(merged, imitation, advantage))
+        dense = torch.where(divergence == torch.inf, 0.0, imitation)  # an infinite divergence has no gradient
+        ctx.save_for_backward(student_logits, teacher_logits, dense, advantage, *numbers)
         ctx.set_materialize_grads(False)
-        outputs = (call.restored(loss), stats.kl, stats.log_prob, stats.teacher_log_prob, stats.entropy)
+        outputs = (call.restored(loss), *vars(stats).values(), call.restored(divergence))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -120,21 +165,27 @@ class HybridLossFunction(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None
         plan: Plan = ctx.plan
-        student_logits, teacher_logits, m_z, m_w, k, s_z, dense, sparse = ctx.saved_tensors
+        student_logits, teacher_logits, dense, sparse, *numbers = ctx.saved_tensors
         ctx.spent = plan.inplace
         scale = plan.call.counted(grad_loss.float()) * plan.call.shard.student_scale
         a, c = scale * dense, scale * sparse
-        coefficients = torch.stack((m_z, m_w, k, a / s_z, c / s_z, c), dim=-1)
         # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
         # Not empty_like: it would keep strides that no view flattens.
         out = student_logits.detach() if plan.inplace else student_logits.new_empty(student_logits.shape)
+        student, rows = rows_of(student_logits), rows_of(out)
         teacher = None if teacher_logits is None else rows_of(teacher_logits)
-        plan.backend.shard_gradient(rows_of(student_logits), teacher, plan.call, coefficients, rows_of(out))
+        if plan.mixture is not None and teacher is not None:
+            mixture, passes = plan.mixture
+            coefficients = torch.stack((*numbers, a, c), dim=-1)
+            passes.shard_gradient(student, teacher, plan.call, mixture, coefficients, rows)
+        else:
+            m_z, m_w, k, s_z = numbers
+            coefficients = torch.stack((m_z, m_w, k, a / s_z, c / s_z, c), dim=-1)
+            plan.backend.shard_gradient(student, teacher, plan.call, coefficients, rows)
         return out, None, None
 
 
-def _gradient_numbers(merged: Merged, imitation: Tensor, advantage: Tensor) -> tuple[Tensor, ...]:
-    """m_z, m_w, k, s_z, dense and sparse weight, [n] each: an infinite KL has no gradient."""
-    infinite = merged.stats.kl == torch.inf
-    k = torch.where(infinite, 0.0, merged.mean_difference)
-    return merged.m_z, merged.m_w, k, merged.s_z, torch.where(infinite, 0.0, imitation), advantage
+def _gradient_numbers(merged: Merged) -> tuple[Tensor, ...]:
+    """m_z, m_w, k, s_z of the reverse KL, [n] each; k is finite also where the KL is not: a weight of 0 drops it."""
+    k = torch.where(merged.stats.kl == torch.inf, 0.0, merged.mean_difference)
+    return merged.m_z, merged.m_w, k, merged.s_z

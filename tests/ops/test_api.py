@@ -247,7 +247,7 @@ def test_only_the_loss_is_differentiable_and_only_in_the_student():
     student, teacher, target, advantage = problem()
     weight, teacher = advantage.clone().requires_grad_(), teacher.requires_grad_()
     out = vocab_parallel_hybrid_loss(student, teacher, target, imitation_weight=weight, advantage=weight)
-    assert [value.requires_grad for value in out] == [True, False, False, False, False]
+    assert [value.requires_grad for value in out] == [True, False, False, False, False, False]
     out.loss.sum().backward()
     assert student.grad is not None and teacher.grad is None and weight.grad is None
 

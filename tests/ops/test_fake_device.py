@@ -41,8 +41,11 @@ def credit(future_cost: str = "closed_form"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("with_teacher", [True, False])
-@pytest.mark.parametrize("future_cost", ["closed_form", "sampled"])
-def test_forward_and_backward_stay_on_the_device(dtype, inplace, with_teacher, future_cost):
+@pytest.mark.parametrize(
+    ("future_cost", "divergence"),
+    [("closed_form", "reverse_kl"), ("sampled", "reverse_kl"), ("closed_form", "forward_kl"), ("closed_form", "jsd")],
+)
+def test_forward_and_backward_stay_on_the_device(dtype, inplace, with_teacher, future_cost, divergence):
     student = torch.randn(6, 50, device=GPU, dtype=dtype).requires_grad_()
     teacher = torch.randn(6, 50, device=GPU, dtype=dtype) if with_teacher else None
     target = torch.zeros(6, dtype=torch.long, device=GPU)
@@ -56,6 +59,7 @@ def test_forward_and_backward_stay_on_the_device(dtype, inplace, with_teacher, f
         student_temperature=0.7,
         teacher_logit_floor=-50.0,
         inplace=inplace,
+        divergence=divergence,
     )
     assert all(value.device == GPU and value.dtype == torch.float32 for value in out)
     # Called directly: autograd's engine wants a real device.
@@ -63,9 +67,12 @@ def test_forward_and_backward_stay_on_the_device(dtype, inplace, with_teacher, f
     assert grad.device == GPU and grad.dtype == dtype and grad.shape == student.shape
 
 
-def test_diagnostics_stay_on_the_device():
+@pytest.mark.parametrize("divergence", ["reverse_kl", "skewed_kl"])
+def test_diagnostics_stay_on_the_device(divergence):
     logits, target = torch.randn(6, 50, device=GPU), torch.zeros(6, dtype=torch.long, device=GPU)
-    norms = logit_gradient_norms(logits, logits, target, 1.0, torch.randn(6, device=GPU), ignore_index=None)
+    norms = logit_gradient_norms(
+        logits, logits, target, 1.0, torch.randn(6, device=GPU), ignore_index=None, divergence=divergence
+    )
     assert all(norm.device == GPU for norm in norms)
 
 

@@ -39,7 +39,17 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("options", [{}, {"student_temperature": 0.7, "teacher_logit_floor": -9.0}, {"skip": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"student_temperature": 0.7, "teacher_logit_floor": -9.0},
+        {"skip": True},
+        {"divergence": "forward_kl"},
+        {"divergence": "jsd", "student_temperature": 0.7, "skip": True},
+        {"divergence": "skewed_reverse_kl"},
+    ],
+)
 def test_nothing_of_vocabulary_size_but_the_gradient_in_the_logits_dtype(dtype, inplace, options):
     options = dict(options)
     leaf = torch.randn(ROWS, COLUMNS).to(dtype).requires_grad_()
@@ -55,7 +65,8 @@ def test_nothing_of_vocabulary_size_but_the_gradient_in_the_logits_dtype(dtype, 
     assert len(in_blocks) > 0, "the blocks' buffers must be seen, or this test sees nothing"
 
 
-def test_only_the_inputs_and_numbers_per_token_are_saved():
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_only_the_inputs_and_numbers_per_token_are_saved(divergence):
     student, teacher = torch.randn(ROWS, COLUMNS, requires_grad=True), torch.randn(ROWS, COLUMNS)
     saved: list[Tensor] = []
 
@@ -64,6 +75,6 @@ def test_only_the_inputs_and_numbers_per_token_are_saved():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        vocab_parallel_hybrid_loss(student, teacher, torch.zeros(ROWS, dtype=torch.long))
+        vocab_parallel_hybrid_loss(student, teacher, torch.zeros(ROWS, dtype=torch.long), divergence=divergence)
     large = [tensor.untyped_storage().data_ptr() for tensor in saved if tensor.numel() > ROWS]
     assert large == [student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
+from megatron_hybrid.ops.reference import Reference, reference_hybrid_loss
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -24,7 +25,13 @@ def load_cases() -> dict[str, dict[str, Any]]:
 
 
 def run_case(
-    case: dict[str, Any], *, dtype: torch.dtype = torch.float32, rank: int = 0, ranks: int = 1, group: Any = None
+    case: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    ranks: int = 1,
+    group: Any = None,
+    **options: Any,
 ) -> tuple[HybridLoss, Tensor]:
     """The op on this rank's columns: (outputs, gradient of the summed loss [n, v/tp])."""
     columns = slice(*(case["student_logits"].shape[1] * r // ranks for r in (rank, rank + 1)))
@@ -39,6 +46,7 @@ def run_case(
         teacher_temperature=case["teacher_temperature"],
         vocab_size=case["vocab_size"],
         group=group,
+        **options,
     )
     out.loss.sum().backward()
     assert student.grad is not None
@@ -49,6 +57,17 @@ def outputs_of(case: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """`run_case` as plain detached tensors, to travel between processes."""
     out, gradient = run_case(case, **options)
     return {name: value.detach() for name, value in out._asdict().items()} | {"grad": gradient}
+
+
+def judged(case: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> Reference:
+    """The judge's answer to a case as the op is given it, in `dtype`."""
+    return reference_hybrid_loss(
+        *(case[f"{who}_logits"].to(dtype) for who in ("student", "teacher")),
+        case["target"],
+        **{field: case[field] for field in ("imitation_weight", "advantage")},
+        **{field: case[field] for field in ("student_temperature", "teacher_temperature", "vocab_size")},
+        **options,
+    )
 
 
 def assert_close_to(case: dict[str, Any], got: dict[str, Tensor]) -> None:
