@@ -74,9 +74,8 @@ def injected(hooks: Hooks) -> Iterator[None]:
     """
     check_megatron()
     training: Any = importlib.import_module("megatron.training.training")
-    names = ("get_forward_backward_func", "training_log", "save_checkpoint_and_time")
-    originals = {name: getattr(training, name) for name in names}
-    get_schedule, training_log, save = originals.values()
+    get_schedule, training_log = training.get_forward_backward_func, training.training_log
+    save = training.save_checkpoint_and_time
     log_signature, save_signature = inspect.signature(training_log), inspect.signature(save)
 
     def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -91,14 +90,13 @@ def injected(hooks: Hooks) -> Iterator[None]:
         hooks.before_save(int(save_signature.bind(*args, **kwargs).arguments["iteration"]))
         return save(*args, **kwargs)
 
-    wrapped = (get_wrapped_schedule, wrapped_log, wrapped_save)
-    for name, function in zip(names, wrapped, strict=True):
-        setattr(training, name, function)
+    training.get_forward_backward_func, training.training_log = get_wrapped_schedule, wrapped_log
+    training.save_checkpoint_and_time = wrapped_save
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(training, name, original)
+        training.get_forward_backward_func, training.training_log = get_schedule, training_log
+        training.save_checkpoint_and_time = save
 
 
 def _wrap(schedule: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:
