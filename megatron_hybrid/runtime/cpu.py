@@ -5,6 +5,8 @@ streams, events and memory calls do nothing; the CUDA random state *is* the CPU'
 independent of the layout as on GPUs; type checks for `torch.cuda.FloatTensor` see it. `torch.cuda.is_available` answers
 True only while Megatron initialises: DataLoader and the optimizers of a CUDA build of torch misbehave otherwise.
 Megatron's jit fusers run uncompiled (they would compile for minutes what takes seconds); torch.compile stays usable.
+Sequence and context parallelism and packed sequences, for which Megatron wants Transformer Engine, run on torch layers
+(`cpu_layers.py`).
 
 Collectives need gloo: pass `--distributed-backend gloo`. With a GPU present `enable()` does nothing at all.
 Not here: anything about the hybrid method.
@@ -23,6 +25,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from megatron_hybrid.runtime import cpu_layers
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +64,15 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with every device argument that names CUDA replaced by the CPU."""
+    """`function` with every device argument that names CUDA replaced by the CPU, and nothing pinned."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
         if device is not None and _is_cuda(device):
             kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):  # pinned for a copy to the device that is not there
+            kwargs["pin_memory"] = False
         return function(*args, **kwargs)
 
     return call
@@ -169,6 +175,9 @@ def _patch_megatron() -> None:
     # The tracker warns whenever the CPU state moves inside a fork; here that is the point.
     tracker_logger = logging.getLogger(random.__name__)
     _put(tracker_logger, "disabled", True)
+
+    for owner, name, value in cpu_layers.stand_ins():
+        _put(owner, name, value)
 
     _put(training, "initialize_megatron", _with_visible_gpu(training.initialize_megatron))
     _put(training, "set_jit_fusion_options", lambda *args, **kwargs: None)
