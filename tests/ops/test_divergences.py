@@ -1,4 +1,4 @@
-"""Every divergence of the dense part on one rank: value and gradient against the judge, limits, infinities, mistakes."""
+"""Every divergence of the dense part on one rank: value and gradient against the judge, limits, mistakes."""
 
 import pytest
 import torch

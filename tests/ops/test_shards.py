@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
+from megatron_hybrid.ops.divergence import DIVERGENCES
 from megatron_hybrid.ops.reference import reference_hybrid_loss
 from megatron_hybrid.runtime.spawn import RankPool
-from tests.ops.vectors import assert_close_to, load_cases, outputs_of
+from tests.ops.vectors import assert_close_to, judged, load_cases, outputs_of
 
 Case = dict[str, Any]
 Pools = Callable[..., RankPool]
@@ -53,13 +54,27 @@ def extra_cases() -> dict[str, Case]:
     }
 
 
-def run_shards(cases: dict[str, Case], dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Tensor]]:
-    """On each rank: every case on its columns."""
+def run_shards(
+    cases: dict[str, Case], dtype: torch.dtype = torch.float32, divergences: tuple[str, ...] = ("reverse_kl",)
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """On each rank: every case on its columns, with every divergence."""
     options = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "group": dist.group.WORLD, "dtype": dtype}
-    return {name: outputs_of(case, **options) for name, case in cases.items()}
+    return {
+        (divergence, name): outputs_of(case, divergence=divergence, divergence_mix=0.3, **options)
+        for divergence in divergences
+        for name, case in cases.items()
+    }
 
 
-def count_collectives() -> tuple[list[str], list[str], list[str]]:
+def whole_of(shards: list[Any], *key: str) -> dict[str, Tensor]:
+    """One result of the whole vocabulary from the ranks' parts; what is not sharded must be the same bits on all."""
+    parts = [shard[key] for shard in shards]
+    for part in parts[1:]:
+        assert all(torch.equal(part[name], parts[0][name]) for name in part if name != "grad")
+    return parts[0] | {"grad": torch.cat([part["grad"] for part in parts], dim=1)}
+
+
+def count_collectives(divergence: str) -> tuple[list[str], list[str], list[str]]:
     """On each rank: names of the collectives in a forward, in its backward, and in a forward where no row counts."""
     student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     target = torch.zeros(8, dtype=torch.long)
@@ -70,7 +85,9 @@ def count_collectives() -> tuple[list[str], list[str], list[str]]:
         return result, [event.name for event in seen.events() or [] if event.name.startswith("c10d::")]
 
     def forward(target: Tensor) -> Any:
-        return vocab_parallel_hybrid_loss(student, teacher, target, advantage=1.0, group=dist.group.WORLD)
+        return vocab_parallel_hybrid_loss(
+            student, teacher, target, advantage=1.0, group=dist.group.WORLD, divergence=divergence
+        )
 
     out, forwards = during(lambda: forward(target))
     _, backwards = during(out.loss.sum().backward)
@@ -87,7 +104,7 @@ def cross_entropy_shard(student: Tensor, target: Tensor) -> Tensor:
     return logits.grad
 
 
-def norms_of_shard(case: Case) -> tuple[Tensor, Tensor]:
+def norms_of_shard(case: Case, divergence: str) -> tuple[Tensor, Tensor]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     student, teacher = (case[f"{who}_logits"].float().chunk(ranks, dim=1)[rank] for who in ("student", "teacher"))
     return logit_gradient_norms(
@@ -98,6 +115,7 @@ def norms_of_shard(case: Case) -> tuple[Tensor, Tensor]:
         case["advantage"],
         vocab_size=case["vocab_size"],
         group=dist.group.WORLD,
+        divergence=divergence,
     )
 
 
@@ -106,9 +124,18 @@ def test_vocabulary_shards_give_the_whole_vocabularys_values_and_gradient(rank_p
     cases = load_cases() | extra_cases()
     shards = rank_pool(ranks).run(run_shards, cases)
     for name, case in cases.items():
-        for shard in shards[1:]:  # the same bits on every rank
-            assert all(torch.equal(shard[name][key], shards[0][name][key]) for key in shard[name] if key != "grad")
-        assert_close_to(case, shards[0][name] | {"grad": torch.cat([shard[name]["grad"] for shard in shards], dim=1)})
+        assert_close_to(case, whole_of(shards, "reverse_kl", name))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_vocabulary_shards_give_every_divergences_value_and_gradient(rank_pool: Pools, ranks: int):
+    cases = load_cases() | extra_cases()
+    shards = rank_pool(ranks).run(run_shards, cases, divergences=DIVERGENCES[1:])
+    for divergence, name in shards[0]:
+        expected = judged(cases[name], divergence=divergence, divergence_mix=0.3)
+        got = whole_of(shards, divergence, name)
+        torch.testing.assert_close(got["divergence"].double(), expected.divergence, rtol=1e-5, atol=2e-6)
+        assert_close_to(cases[name] | {"grad": expected.gradient}, got)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -116,26 +143,30 @@ def test_close_logits_keep_their_digits_across_shards(rank_pool: Pools, ranks: i
     cases = {name: case for name, case in extra_cases().items() if "close" in name}
     for case in cases.values():
         case["advantage"] = torch.zeros_like(case["advantage"])  # the dense part alone, far smaller than the sparse one
-    shards = rank_pool(ranks).run(run_shards, cases)
-    for name, case in cases.items():
-        grad = torch.cat([shard[name]["grad"] for shard in shards], dim=1)
-        error = (grad.double() - case["dense"]).norm(dim=-1) / case["dense"].norm(dim=-1)
+    shards = rank_pool(ranks).run(run_shards, cases, divergences=DIVERGENCES)
+    for divergence, name in shards[0]:
+        expected = judged(cases[name], divergence=divergence, divergence_mix=0.3).dense
+        error = (whole_of(shards, divergence, name)["grad"].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert error.max() < 1e-5  # the product's figure; a KL of 2e-6
 
 
 def test_bf16_shards_are_within_one_rounding_of_one_shard(rank_pool: Pools):
     cases = load_cases()
-    shards = rank_pool(2).run(run_shards, cases, torch.bfloat16)
-    for name, case in cases.items():
-        whole = outputs_of(case, dtype=torch.bfloat16)["grad"].double()
-        grad = torch.cat([shard[name]["grad"] for shard in shards], dim=1).double()
+    shards = rank_pool(2).run(run_shards, cases, torch.bfloat16, DIVERGENCES)
+    for divergence, name in shards[0]:
+        options = {"divergence": divergence, "divergence_mix": 0.3}
+        whole = outputs_of(cases[name], dtype=torch.bfloat16, **options)["grad"].double()
+        grad = whole_of(shards, divergence, name)["grad"].double()
         # two fp32 results that differ a little may round to neighbouring bf16 numbers, 2**-7 apart
         assert (grad - whole).abs().le(2**-7 * whole.abs() + 1e-5 * whole.norm(dim=-1, keepdim=True) + 2e-6).all()
 
 
-def test_one_collective_forward_and_none_backward(rank_pool: Pools):
-    for forwards, backwards, idle in rank_pool(2).run(count_collectives):
-        assert len(forwards) == 1 and "allgather" in forwards[0]
+@pytest.mark.parametrize(("divergence", "expected"), [("reverse_kl", 1), ("forward_kl", 2), ("jsd", 2)])
+def test_one_collective_forward_two_for_another_divergence_and_none_backward(
+    rank_pool: Pools, divergence: str, expected: int
+):
+    for forwards, backwards, idle in rank_pool(2).run(count_collectives, divergence):
+        assert len(forwards) == expected and all("allgather" in name for name in forwards)
         assert backwards == [] and idle == []
 
 
@@ -146,12 +177,10 @@ def test_without_a_teacher_shards_give_the_cross_entropy_gradient(rank_pool: Poo
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)  # both fp32
 
 
-def test_gradient_norms_are_those_of_the_whole_vocabulary(rank_pool: Pools):
+@pytest.mark.parametrize("divergence", ["reverse_kl", "skewed_kl"])
+def test_gradient_norms_are_those_of_the_whole_vocabulary(rank_pool: Pools, divergence: str):
     case = extra_cases()["uneven"]
-    expected = reference_hybrid_loss(
-        *(case[key] for key in ("student_logits", "teacher_logits", "target")),
-        **{key: case[key] for key in ("imitation_weight", "advantage", "vocab_size")},
-    )
-    for dense_sq, sparse_sq in rank_pool(2).run(norms_of_shard, case):
+    expected = judged(case, divergence=divergence)
+    for dense_sq, sparse_sq in rank_pool(2).run(norms_of_shard, case, divergence):
         torch.testing.assert_close(dense_sq.double(), expected.dense.square().sum(-1), rtol=1e-5, atol=1e-9)  # fp32
         torch.testing.assert_close(sparse_sq.double(), expected.sparse.square().sum(-1), rtol=1e-5, atol=1e-9)
