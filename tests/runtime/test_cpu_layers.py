@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from tests.distributed.test_layouts import assert_same, shards, whole
+from tests.distributed.gradient import assert_same, shards, whole
 
 LENGTHS = (7, 3, 12)
 WIDTH = 16
