@@ -1,30 +1,54 @@
 """Rewards to advantages: subtract what does not depend on the response, so that its sign says better or worse.
 
-    none   a_i = r_i
-    rloo   a_i = r_i - mean of the other rewards of the group          leave-one-out, unbiased (arXiv 2402.14740)
-    grpo   a_i = (r_i - mean of the group) / (std of the group + 1e-6)          (arXiv 2402.03300)
+    none                 a_i = r_i                                           unbiased
+    rloo                 a_i = r_i - mean of the group's other rewards       unbiased (leave-one-out, arXiv 2402.14740)
+    running_mean         a_i = r_i - m, the mean of earlier steps            unbiased: this step is not in m
+    grpo                 a_i = (r_i - mean of the group) / (std of the group + 1e-6)         biased (arXiv 2402.03300)
+    reinforce_plus_plus  a_i = (r_i - mean of the batch) / (std of the batch + 1e-6)         biased (arXiv 2501.03262)
+
+Where the bias comes from: a mean over n responses contains r_i itself, which shrinks the expected gradient by exactly
+1 - 1/n (n the group's size, or the B responses of the step on all replicas, where it is next to nothing). The std
+depends on r_i too. Over a group it also weighs each prompt by 1 / std, so what is climbed is no longer the mean reward:
+with groups of two it is the chance to beat one's own other sample, however small the difference. Over a batch the
+scale is nearly a constant, of the size that a learning rate absorbs. No factor is undone here: users know these names.
 
 std is the sample's (divided by size - 1), as verl and TRL take it. A group is all responses to one prompt, in any
-order.
+order; a batch counts every response once (verl whitens tokens, so there long responses count more).
 
 And for the cost-to-go, a baseline of each position:
 
     none   0
     group  b_{i,t} = mean of C_{j,t} over the other responses j of the group, 0 for those that have ended: unbiased,
            because no other response depends on y_{i,t}
+
+Collectives: one all-gather over dp_group for reinforce_plus_plus (`reward_statistics.py`), none otherwise.
 """
 
 import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
+from megatron_hybrid.parallel import Group
+from megatron_hybrid.returns.reward_statistics import batch_statistics
 
-_GRPO_EPSILON = 1e-6
-"""Added to the std, so that a group of equal rewards gives 0 and not 0/0; verl's and TRL's values are this size too."""
+_EPSILON = 1e-6
+"""Added to a std, so that equal rewards give 0 and not 0/0; verl's and TRL's values are this size too."""
+
+REWARD_BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
 
 
-def reward_advantages(rewards: Tensor, group_id: Tensor, baseline: str) -> Tensor:
-    """Advantages [b] fp32 of responses with rewards [b] in groups group_id [b]; positive is better than its group.
+def reward_advantages(
+    rewards: Tensor,
+    group_id: Tensor,
+    baseline: str,
+    *,
+    dp_group: Group = None,
+    running_mean: float | None = None,
+) -> Tensor:
+    """Advantages [b] fp32 of responses with rewards [b] in groups group_id [b]; positive is better than expected.
+
+    dp_group      data-parallel replicas; read by reinforce_plus_plus, which all of them must then call with equal b
+    running_mean  m of the baseline of that name: `RunningMean.value` before this step
 
     Not on the hot path: counting the groups waits for the device.
     """
@@ -33,27 +57,50 @@ def reward_advantages(rewards: Tensor, group_id: Tensor, baseline: str) -> Tenso
             f"rewards and group_id must both be [b], one per response; got {list(rewards.shape)} and "
             f"{list(group_id.shape)}."
         )
+    values = rewards.detach().double()  # a mean of rewards like 0.1 stays exact enough to cancel
     if baseline == "none":
-        return rewards.detach().float()
-    if baseline not in ("rloo", "grpo"):
-        raise ConfigError(f"baseline must be one of none, rloo, grpo; got {baseline!r}.")
+        advantages = values
+    elif baseline in ("rloo", "grpo"):
+        advantages = _within_groups(values, group_id, baseline)
+    elif baseline == "reinforce_plus_plus":
+        advantages = _within_batch(values, dp_group)
+    elif baseline == "running_mean":
+        if running_mean is None:
+            raise ConfigError(
+                "baseline 'running_mean' subtracts the mean of earlier steps, but no running_mean was given: pass the "
+                "value of a RunningMean that has not seen this step (0 at the first)."
+            )
+        advantages = values - running_mean
+    else:
+        raise ConfigError(f"baseline must be one of {', '.join(REWARD_BASELINES)}; got {baseline!r}.")
+    return advantages.float()
+
+
+def _within_groups(values: Tensor, group_id: Tensor, baseline: str) -> Tensor:
     _, group, size = torch.unique(group_id, return_inverse=True, return_counts=True)
     if bool((size < 2).any()):
         raise ConfigError(
             f"baseline {baseline!r} compares the responses to one prompt, but a group has a single response: it has "
             "nobody to be compared with. Sample at least 2 per prompt, or use baseline 'none'."
         )
-    values = rewards.detach().double()  # a mean of rewards like 0.1 stays exact enough to cancel
 
     def group_mean(of: Tensor, count: Tensor) -> Tensor:
         return (of.new_zeros(len(size)).index_add_(0, group, of) / count)[group]
 
     centred = values - group_mean(values, size)
     if baseline == "rloo":
-        advantages = centred * (size / (size - 1.0))[group]  # r_i - (sum - r_i)/(n - 1) = (r_i - mean) n/(n - 1)
-    else:
-        advantages = centred / (group_mean(centred.square(), size - 1).sqrt() + _GRPO_EPSILON)
-    return advantages.float()
+        return centred * (size / (size - 1.0))[group]  # r_i - (sum - r_i)/(n - 1) = (r_i - mean) n/(n - 1)
+    return centred / (group_mean(centred.square(), size - 1).sqrt() + _EPSILON)
+
+
+def _within_batch(values: Tensor, dp_group: Group) -> Tensor:
+    batch = batch_statistics(values, dp_group)
+    if batch.count < 2:
+        raise ConfigError(
+            f"baseline 'reinforce_plus_plus' compares the responses of a step, and this one has {batch.count}: the "
+            "deviation of a single reward does not exist. Raise --global-batch-size, or use baseline 'running_mean'."
+        )
+    return (values - batch.mean) / (batch.std + _EPSILON)
 
 
 def cost_baseline(cost_to_go: Tensor, mask: Tensor, group_id: Tensor) -> Tensor:

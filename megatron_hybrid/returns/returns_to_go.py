@@ -4,12 +4,17 @@
 
 costs [b, s] -> C [b, s]. The immediate cost is left out because the op's dense term already differentiates it exactly.
 A doubling scan: after round j every position holds the sum over the next 2**j of them, so log2(s) rounds of a few
-tensor operations, and no division by gamma**t that would overflow. No collective: context parallelism is refused.
+tensor operations, and no division by gamma**t that would overflow.
+
+Under context parallelism a sequence is cut into 2 cp equal chunks and rank r holds chunks r and 2 cp - 1 - r
+(Megatron's zig-zag): the slices are put back in order, summed once by every rank, and each keeps its own. Collectives:
+one all-gather of the costs [b, s/cp] fp32 and, where sequences are packed, one of their ids; none at cp = 1.
 """
 
 import torch
 from torch import Tensor
 
+from megatron_hybrid.collectives import gather_ranks
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.parallel import Group, GroupView
 
@@ -26,7 +31,7 @@ def cost_to_go(
     mask      [b, s] bool: tokens that cost something. Others cost 0 but still count as distance
     discount  gamma in [0, 1], per position of distance; 0 gives exactly 0
     segments  [b, s] integer ids of packed sequences: a sum ends where the id changes. None: one sequence per row
-    cp_group  context-parallel group: must have one rank
+    cp_group  context-parallel group: s is then s/cp, this rank's two chunks, and so is the result; all its ranks call
     """
     if costs.dim() != 2 or mask.shape != costs.shape or mask.dtype != torch.bool:
         raise ShapeError(
@@ -37,18 +42,27 @@ def cost_to_go(
         raise ShapeError(f"segments must be integers {list(costs.shape)}, got {segments.dtype} {list(segments.shape)}.")
     if not 0 <= discount <= 1:
         raise ConfigError(f"discount (gamma) must lie in [0, 1], got {discount}: far costs would outweigh near ones.")
-    if (ranks := GroupView.of(cp_group).size) > 1:
-        raise ConfigError(
-            f"cost_to_go is not written for context parallelism, and cp_group has {ranks} ranks: each would sum only "
-            "its own positions, and their order (contiguous or zig-zag) is unknown here. Gather the costs first."
+    ranks = GroupView.of(cp_group)
+    if ranks.size > 1 and costs.shape[1] % 2:
+        raise ShapeError(
+            f"under context parallelism a rank holds two chunks of equal length, but costs are {list(costs.shape)}: "
+            f"{costs.shape[1]} positions do not halve. Pad sequences to a multiple of {2 * ranks.size}."
         )
     sums = torch.where(mask, costs.detach().float(), 0.0)
-    future = torch.zeros_like(sums)
     if discount == 0:
-        return future
+        return torch.zeros_like(sums)
+    if ranks.size > 1:
+        whole = _in_order(gather_ranks(sums, cp_group))
+        ids = None if segments is None else _in_order(gather_ranks(segments, cp_group))
+        return _own_chunks(_strict_future(whole, float(discount), ids), ranks)
+    return _strict_future(sums, float(discount), segments)
+
+
+def _strict_future(sums: Tensor, discount: float, segments: Tensor | None) -> Tensor:
+    """The doubling scan over whole rows: costs [b, s], 0 where masked, to their discounted strict future."""
     run = _runs(segments)
-    reach, factor = 1, float(discount)
-    while reach < costs.shape[1] and factor >= _SMALLEST:
+    reach, factor = 1, discount
+    while reach < sums.shape[1] and factor >= _SMALLEST:
         sums = sums + factor * _ahead(sums, reach, run)
         reach, factor = 2 * reach, factor * factor
     return discount * _ahead(sums, 1, run)
@@ -71,3 +85,15 @@ def _runs(segments: Tensor | None) -> Tensor | None:
     changes = torch.zeros_like(segments, dtype=torch.long)
     changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return changes.cumsum(1)
+
+
+def _in_order(slices: Tensor) -> Tensor:
+    """[cp, b, s/cp], the zig-zag slices in rank order, to whole rows [b, s]."""
+    first, second = slices.unflatten(2, (2, -1)).unbind(2)
+    return torch.cat((first, second.flip(0))).transpose(0, 1).flatten(1)
+
+
+def _own_chunks(whole: Tensor, ranks: GroupView) -> Tensor:
+    """Whole rows [b, s] to this rank's slice [b, s/cp]."""
+    chunks = whole.chunk(2 * ranks.size, dim=1)
+    return torch.cat((chunks[ranks.rank], chunks[-1 - ranks.rank]), dim=1)

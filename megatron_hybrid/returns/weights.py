@@ -3,8 +3,12 @@
     A_t = lambda * a_b - beta * (C_{t+1} - b_C),      C_{t+1} = sum_{t' > t} gamma^(t' - t) c_t'
     c_t = KL_t (closed_form: its expectation, less noise)   or   log pi(y_t) - log q(y_t) (sampled)
 
+    out: beta * W^dense_t  and  W_t * A_t, the importance weights of `corrections.py`; both 1 on-policy
+
 The immediate cost c_t is not in C: the op's dense term, weighted by beta, is its exact gradient. The op sees n response
 tokens and knows neither rows nor positions: they travel in here.
+
+Collectives: none at cp = 1; else at most one all-reduce of what has to be summed over a response (`token_table.py`).
 """
 
 from dataclasses import dataclass
@@ -13,9 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
+from megatron_hybrid.metrics import Metrics
+from megatron_hybrid.parallel import Group
 from megatron_hybrid.records import TokenStats
+from megatron_hybrid.returns import corrections
 from megatron_hybrid.returns.baselines import cost_baseline
+from megatron_hybrid.returns.corrections import Correction
 from megatron_hybrid.returns.returns_to_go import cost_to_go
+from megatron_hybrid.returns.token_table import TokenTable, Whole
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,8 @@ class CreditAssignment:
 
     reward_advantage: Tensor
     """[b] fp32: a_b of each response, from `baselines.py`."""
-    row_of_token: Tensor
-    """[n] int64: the response each token belongs to."""
-    position_of_token: Tensor
-    """[n] int64: its position in the row; distances between positions are what the discount counts."""
-    num_positions: int
-    """s: larger than every position."""
+    tokens: TokenTable
+    """Row and position of this rank's n tokens; distances between positions are what the discount counts."""
     discount: float
     """gamma."""
     future_cost: str
@@ -40,37 +45,73 @@ class CreditAssignment:
     """beta."""
     group_id: Tensor | None = None
     """[b] int64: groups for the baseline of the cost-to-go, each of them whole; None: no such baseline."""
+    sampled_logprobs: Tensor | None = None
+    """[n] fp32: log mu of each token; None: taken as on-policy, nothing is corrected or measured."""
+    correction: Correction = Correction()
+    metrics: Metrics | None = None
+    """Where the mismatch between pi and mu is added at each call; None: nowhere."""
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
-        """(imitation_weight, advantage), both [n] fp32, detached."""
-        advantage = self.advantage(stats)
-        return torch.full_like(advantage, self.imitation_weight), advantage
+        """(imitation_weight, advantage), both [n] fp32, detached; every context-parallel rank must call."""
+        values = self._costs(stats)
+        if self.sampled_logprobs is None:
+            return self._imitation(stats), self._advantage(self.tokens.whole(values))
+        log_ratio, known = corrections.log_ratios(stats.log_prob, self.sampled_logprobs)
+        if self.correction.spans_responses:
+            values["log_ratio"] = log_ratio
+        whole = self.tokens.whole(values)
+        return self._corrected(self._imitation(stats), self._advantage(whole), whole, log_ratio, known)
 
     def advantage(self, stats: TokenStats) -> Tensor:
-        """A_t [n] fp32."""
-        reward = self.reward_weight * self.reward_advantage[self.row_of_token].detach().float()
-        if self.imitation_weight == 0:
-            return reward  # an infinite cost must not become 0 * inf
-        return reward - self.imitation_weight * self.future_costs(stats)
+        """A_t [n] fp32, before any correction; every context-parallel rank must call."""
+        return self._advantage(self.tokens.whole(self._costs(stats)))
 
-    def future_costs(self, stats: TokenStats) -> Tensor:
-        """C_{t+1} - b_C [n] fp32, nats; 0 where an infinite cost lies ahead, in the response or in its group."""
+    def _imitation(self, stats: TokenStats) -> Tensor:
+        return torch.full_like(stats.log_prob, self.imitation_weight, requires_grad=False)
+
+    def _costs(self, stats: TokenStats) -> dict[str, Tensor]:
+        """What later tokens cost, by name; nothing where nobody looks ahead."""
         costs = stats.kl if self.future_cost == "closed_form" else stats.log_prob - stats.teacher_log_prob
-        if costs.shape != self.row_of_token.shape:
+        if costs.shape != self.tokens.row.shape:
             raise ShapeError(
                 f"the op's stats have shape {list(costs.shape)}, the credit was made for "
-                f"{list(self.row_of_token.shape)} response tokens: call the op with the rows of those tokens."
+                f"{list(self.tokens.row.shape)} response tokens: call the op with the rows of those tokens."
             )
-        here = (self.row_of_token, self.position_of_token)
-        table = costs.new_zeros((len(self.reward_advantage), self.num_positions))
-        mask = torch.zeros_like(table, dtype=torch.bool)
-        table.index_put_(here, costs.detach())
-        mask.index_put_(here, torch.ones_like(costs, dtype=torch.bool))
-        future = cost_to_go(table, mask, self.discount)
+        # Weight 0 also keeps an infinite cost from becoming 0 * inf.
+        return {"cost": costs} if self.imitation_weight and self.discount else {}
+
+    def _advantage(self, whole: Whole) -> Tensor:
+        reward = self.reward_weight * self.reward_advantage[self.tokens.row].detach().float()
+        if "cost" not in whole.values:
+            return reward
+        future = cost_to_go(whole.values["cost"], whole.mask, self.discount)
         if self.group_id is not None:
-            future = future - cost_baseline(future, mask, self.group_id)
-        # A teacher that forbids what the student said makes infinite costs: no finite credit says how bad that was.
-        return torch.where(future.isfinite(), future, 0.0)[here]
+            future = future - cost_baseline(future, whole.mask, self.group_id)
+        # A teacher that forbids what the student said makes infinite costs, in the response or in its group: no finite
+        # credit says how bad that was.
+        return reward - self.imitation_weight * self.tokens.own(torch.where(future.isfinite(), future, 0.0))
+
+    def _corrected(
+        self, imitation: Tensor, advantage: Tensor, whole: Whole, token_log_ratio: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both weights times the importance of their tokens; measures the mismatch."""
+        log_ratio = token_log_ratio
+        if self.correction.of_sequences:
+            log_ratio = whole.values["log_ratio"].sum(dim=1)[self.tokens.row]
+        weights = corrections.sparse_weights(self.correction, log_ratio, advantage)
+        if self.correction.prefix:
+            prefix = corrections.prefix_log_ratios(whole.values["log_ratio"], whole.mask)
+            imitation = imitation * corrections.dense_weights(self.correction, self.tokens.own(prefix))
+        if self.metrics is not None:
+            corrections.measure(
+                self.metrics,
+                self.correction,
+                token_log_ratio=token_log_ratio,
+                known=known,
+                log_ratio=log_ratio,
+                weights=weights,
+            )
+        return imitation, weights * advantage
 
 
 def make_weigh(
@@ -84,10 +125,16 @@ def make_weigh(
     reward_weight: float,
     imitation_weight: float,
     group_id: Tensor | None = None,
+    sampled_logprobs: Tensor | None = None,
+    correction: Correction | None = None,
+    cp_group: Group = None,
+    metrics: Metrics | None = None,
 ) -> CreditAssignment:
-    """The op's `weigh` for n response tokens of b responses; fields as in `CreditAssignment`.
+    """The op's `weigh` for n response tokens of b responses; fields as in `CreditAssignment` and `TokenTable`.
 
-    All tensors on the logits' device. Positions are trusted: finding their maximum would wait for the device.
+    All tensors on the logits' device. Positions are trusted: finding their maximum would wait for the device. Under
+    context parallelism rewards, groups and num_positions are those of whole responses, equal on the ranks of cp_group;
+    tokens are this rank's, and may be none.
     """
     if future_cost not in ("closed_form", "sampled"):
         raise ConfigError(f"future_cost must be one of closed_form, sampled; got {future_cost!r}.")
@@ -96,19 +143,21 @@ def make_weigh(
             f"reward_advantage must be [b] and row_of_token [n], got {list(reward_advantage.shape)} and "
             f"{list(row_of_token.shape)}."
         )
-    if position_of_token.shape != row_of_token.shape:
-        raise ShapeError(
-            f"position_of_token must have one entry per response token, {list(row_of_token.shape)} as row_of_token; "
-            f"got {list(position_of_token.shape)}."
-        )
+    for name, tensor in (("position_of_token", position_of_token), ("sampled_logprobs", sampled_logprobs)):
+        if tensor is not None and tensor.shape != row_of_token.shape:
+            raise ShapeError(
+                f"{name} must have one entry per response token, {list(row_of_token.shape)} as row_of_token; got "
+                f"{list(tensor.shape)}."
+            )
     return CreditAssignment(
         reward_advantage=reward_advantage,
-        row_of_token=row_of_token,
-        position_of_token=position_of_token,
-        num_positions=num_positions,
+        tokens=TokenTable(row_of_token, position_of_token, len(reward_advantage), num_positions, cp_group),
         discount=discount,
         future_cost=future_cost,
         reward_weight=reward_weight,
         imitation_weight=imitation_weight,
         group_id=group_id,
+        sampled_logprobs=sampled_logprobs,
+        correction=correction or Correction(),
+        metrics=metrics,
     )

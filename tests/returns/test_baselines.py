@@ -23,7 +23,18 @@ def test_grpo_divides_by_the_groups_sample_deviation():
     assert reward_advantages(REWARDS, GROUPS, "grpo").tolist() == pytest.approx(expected, abs=2e-6)  # epsilon is 1e-6
 
 
-@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_the_running_mean_is_subtracted():
+    assert reward_advantages(REWARDS, GROUPS, "running_mean", running_mean=2.0).tolist() == [-1.0, 3.0, -2.0, 5.0, 0.0]
+
+
+def test_reinforce_plus_plus_whitens_the_batch_whatever_the_groups():
+    advantages = reward_advantages(REWARDS, GROUPS, "reinforce_plus_plus")
+    # Mean 3, deviations -2, 2, -3, 4, -1: 34 / (5 - 1).
+    expected = [deviation / 8.5**0.5 for deviation in (-2.0, 2.0, -3.0, 4.0, -1.0)]
+    assert advantages.tolist() == pytest.approx(expected, abs=2e-6)  # epsilon is 1e-6
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "grpo", "reinforce_plus_plus"])
 def test_equal_rewards_teach_nothing(baseline: str):
     advantages = reward_advantages(torch.full((4,), 0.1), torch.zeros(4, dtype=torch.long), baseline)
     assert advantages.abs().max() < 1e-9
@@ -36,8 +47,12 @@ def test_a_response_alone_in_its_group_is_refused(baseline: str):
 
 
 def test_other_mistakes_are_named():
-    with pytest.raises(ConfigError, match="none, rloo, grpo"):
+    with pytest.raises(ConfigError, match="none, rloo, grpo, reinforce_plus_plus, running_mean"):
         reward_advantages(REWARDS, GROUPS, "median")
+    with pytest.raises(ConfigError, match="no running_mean was given"):
+        reward_advantages(REWARDS, GROUPS, "running_mean")
+    with pytest.raises(ConfigError, match="this one has 1"):
+        reward_advantages(REWARDS[:1], GROUPS[:1], "reinforce_plus_plus")
     with pytest.raises(ShapeError, match="one per response"):
         reward_advantages(REWARDS, GROUPS[:3], "rloo")
 

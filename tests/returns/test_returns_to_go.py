@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.returns import returns_to_go
 from megatron_hybrid.returns.returns_to_go import cost_to_go
 
 
@@ -78,17 +76,6 @@ def test_an_infinite_cost_is_infinite_before_it_and_never_nan():
 def test_costs_are_constants_to_autograd():
     costs = torch.ones(1, 3, requires_grad=True)
     assert not cost_to_go(costs, everywhere(costs), 1.0).requires_grad
-
-
-def test_context_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch):
-    class TwoRanks:
-        @staticmethod
-        def of(group: object) -> GroupView:
-            return GroupView(group, 0, 2)
-
-    monkeypatch.setattr(returns_to_go, "GroupView", TwoRanks)
-    with pytest.raises(ConfigError, match="context parallelism"):
-        cost_to_go(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 1.0, cp_group=object())
 
 
 @pytest.mark.parametrize(
