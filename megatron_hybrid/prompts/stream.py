@@ -72,19 +72,29 @@ class PromptStream:
 
     def _encode(self, question: Question, *, prompt_id: int) -> Prompt:
         ids = self._template.encode(question)
-        return Prompt(prompt_id, ids, question.text, question.task, question.answer, question.entry)
+        for_teacher = self._template.encode_for_teacher(question)
+        return Prompt(prompt_id, ids, question.text, question.task, question.answer, question.entry, for_teacher)
 
     def _require_short(self, prompts: list[Prompt]) -> None:
         too_long = [prompt for prompt in prompts if len(prompt.token_ids) > self._max_prompt_length]
-        if not too_long:
-            return
-        longest = max(too_long, key=lambda prompt: len(prompt.token_ids))
-        raise DataError(
-            f"{len(too_long)} of {len(prompts)} prompts are longer than {self._max_prompt_length} tokens; the longest "
-            f"has {len(longest.token_ids)} (task {longest.task!r}: {_excerpt(longest.text)}). Cut prompts would ask "
-            "something else, so none are: raise the sequence length, lower max_response_length, shorten the system "
-            "prompt, or take these questions out (reasoning-gym: a smaller configuration of the task)."
-        )
+        if too_long:
+            longest = max(too_long, key=lambda prompt: len(prompt.token_ids))
+            raise DataError(
+                f"{len(too_long)} of {len(prompts)} prompts are longer than {self._max_prompt_length} tokens; the "
+                f"longest has {len(longest.token_ids)} (task {longest.task!r}: {_excerpt(longest.text)}). Cut prompts "
+                "would ask something else, so none are: raise the sequence length, lower max_response_length, shorten "
+                "the system prompt, or take these questions out (reasoning-gym: a smaller configuration of the task)."
+            )
+        too_long = [prompt for prompt in prompts if len(prompt.teacher_token_ids or ()) > self._max_prompt_length]
+        if too_long:
+            longest = max(too_long, key=lambda prompt: len(prompt.teacher_token_ids or ()))
+            raise DataError(
+                f"with the teacher's hint {len(too_long)} of {len(prompts)} prompts are longer than "
+                f"{self._max_prompt_length} tokens; the longest has {len(longest.teacher_token_ids or ())}, "
+                f"{len(longest.token_ids)} without it (task {longest.task!r}: {_excerpt(longest.text)}). The teacher "
+                "reads hint and response in one sequence: raise the sequence length, lower max_response_length, or "
+                "shorten the hint."
+            )
 
 
 def _excerpt(text: str, length: int = 80) -> str:

@@ -12,10 +12,16 @@ from megatron_hybrid.prompts.stream import PromptStream
 
 
 class Letters:
-    """A template of one token per letter."""
+    """A template of one token per letter; the teacher reads the answer too, where there is a hint."""
+
+    def __init__(self, hint=""):
+        self.hint = hint
 
     def encode(self, question):
         return tuple(map(ord, question.text))
+
+    def encode_for_teacher(self, question):
+        return tuple(map(ord, question.text + self.hint + question.answer)) if self.hint else None
 
 
 def file_of(n):
@@ -98,3 +104,15 @@ def test_calls_that_make_no_sense_are_refused():
         stream(limit=0)
     with pytest.raises(DataError, match="no questions"):
         stream(JsonlSource([], "nothing"))
+
+
+def test_a_hint_goes_to_the_teacher_alone_and_must_fit_too():
+    def hinted(limit):
+        return PromptStream(file_of(10), Letters(" is "), seed=0, max_prompt_length=limit)
+
+    (prompt,) = hinted(17).draw(0, 1)  # "question 000" has 12 letters, " is 0" five more
+    assert "".join(map(chr, prompt.token_ids)) == prompt.text
+    assert "".join(map(chr, prompt.teacher_token_ids)) == f"{prompt.text} is {prompt.answer}"
+    with pytest.raises(DataError, match="hint 10 of 10 prompts are longer than 16 tokens; .* has 17, 12 without it"):
+        hinted(16)
+    assert stream().draw(0, 1)[0].teacher_token_ids is None
