@@ -1,33 +1,47 @@
 """Megatron models as the other rooms use them: response rows of hidden states, head shards, a forward of all stages.
 
-`select_rows` and `head_logits` are what runs inside GPTModel's `output_processor`, on the last pipeline stage: prompt
-and padding positions never meet the LM head. `pipeline_forward` is the plain forward of generation, across any
+    model_forward(model, ...)  ->  hidden [s, b, h] on the last stage  ->  output_processor  ->  its result
+                                   response_hidden: rows [n, h]  ->  head_logits: this rank's logits [n, v/tp]
+
+Prompt and padding positions never meet the LM head. `pipeline_forward` is the plain forward of generation, across any
 pipeline.
+
+Collectives over tp: under sequence parallelism one all-gather of hidden states; in backward the head's own all-reduce
+of [n, h]. Over pp: the sends of `pipeline_forward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.parallel import ParallelContext
 
 __all__ = [
     "StaticInferenceContext",
     "head_logits",
     "last_position_logits",
+    "model_forward",
     "packed_sequences",
     "pipeline_forward",
-    "select_rows",
+    "response_hidden",
     "unwrap_model",
 ]
+
+OutputProcessor = Callable[..., Tensor]
+"""Called on the last stage with hidden_states [s, b, h], output_layer, output_weight (None: the layer's own),
+scale_logits and context by name, and more that may be ignored; what it returns is the model's output."""
 
 
 def packed_sequences(starts: Tensor) -> PackedSeqParams:
@@ -46,28 +60,133 @@ def packed_sequences(starts: Tensor) -> PackedSeqParams:
     )
 
 
-def select_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
-    """[s, b, h] to [n, h]: the positions whose logits predict a response token.
+def model_forward(
+    model: Any,
+    tokens: Tensor,
+    position_ids: Tensor,
+    *,
+    output_processor: OutputProcessor,
+    context: Any = None,
+    attention_mask: Tensor | None = None,
+    packed_seq_params: PackedSeqParams | None = None,
+    inference_context: StaticInferenceContext | None = None,
+    schedule_plan: bool = False,
+) -> Any:
+    """One call of a model chunk, wrappers and all, that on the last stage ends in `output_processor`.
 
-    rows  [n] int64, indices into the flattened [s, b]
+    GPTModel hands its hidden states over itself. A model whose `forward` has no such parameter (HybridModel) is asked
+    through its `output_layer`: for the length of the call the layer gives its input to the processor and a placeholder
+    to the model. What the model makes of the placeholder (scaling, transposing, casting) is thrown away.
+
+    tokens          [b, s/cp] int64
+    position_ids    [b, s/cp] int64
+    context         handed to the processor as `context`
+    schedule_plan   Megatron's combined 1F1B: the plan of the call in place of its result; GPTModel only
+    returns         on the last stage what the processor gives, elsewhere hidden states [s/cp/tp or s/cp, b, h]
     """
-    return hidden_states.flatten(0, 1).index_select(0, rows)
+    options: dict[str, Any] = {
+        name: value
+        for name, value in (("packed_seq_params", packed_seq_params), ("inference_context", inference_context))
+        if value is not None
+    }
+    bare = unwrap_model([model])[0]
+    if "output_processor" in inspect.signature(type(bare).forward).parameters:
+        call = model.build_schedule_plan if schedule_plan else model
+        options |= {"output_processor": output_processor, "output_processor_context": context}
+        return call(tokens, position_ids, attention_mask, **options)
+    name = type(bare).__name__
+    if schedule_plan:
+        raise ConfigError(
+            f"the combined 1F1B schedule asked for a plan, but {name} hands its hidden states over only while it "
+            "runs. Train without --overlap-moe-expert-parallel-comm, or with a GPTModel."
+        )
+    if not bare.post_process:
+        return model(tokens, position_ids, attention_mask, **options)
+    results: list[Tensor] = []
+    with _processed(bare, output_processor, context, results):
+        model(tokens, position_ids, attention_mask, **options)
+    if len(results) != 1:
+        raise ConfigError(
+            f"{name} called its output layer {len(results)} times in one forward pass, expected once: which call has "
+            "the hidden states of the next token cannot be told. Train without --mtp-num-layers."
+        )
+    return results[0]
+
+
+@contextlib.contextmanager
+def _processed(bare: Any, output_processor: OutputProcessor, context: Any, results: list[Tensor]) -> Iterator[None]:
+    """While inside, the model's output layer appends to `results` what the processor makes of its input."""
+    layer = bare.output_layer
+    original = layer.forward
+
+    def forward(hidden_states: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        layer.forward = original  # the processor calls the layer itself
+        try:
+            result = output_processor(
+                hidden_states=hidden_states,
+                output_layer=layer,
+                output_weight=weight,
+                scale_logits=bare._scale_logits,
+                context=context,
+            )
+        finally:
+            layer.forward = forward
+        results.append(result)
+        return hidden_states.new_zeros(1, 1, 1), None  # [s, b, v/tp] as far as the model can tell
+
+    own = "forward" in vars(layer)
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            layer.forward = original
+        else:
+            del layer.forward
+
+
+def response_hidden(hidden_states: Tensor, rows: Tensor, output_layer: Any) -> Tensor:
+    """The positions whose logits predict a response token, [n, h]; the same on every tensor-parallel rank.
+
+    hidden_states  [s, b, h]; under sequence parallelism this rank's [s/tp, b, h], gathered here
+    rows           [n] int64, indices into the flattened [s, b]
+    """
+    return _whole(hidden_states, output_layer).flatten(0, 1).index_select(0, rows)
+
+
+def _whole(hidden_states: Tensor, output_layer: Any) -> Tensor:
+    """[s/tp, b, h] of sequence parallelism to [s, b, h].
+
+    `head_logits` sums the gradient over tensor-parallel ranks on its [n, h] rows, so backward only takes this rank's
+    part: one all-gather forward, nothing backward. Summing here would cost a reduce-scatter of all positions.
+    """
+    if not output_layer.sequence_parallel:
+        return hidden_states
+    return cast(Tensor, gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False))
 
 
 def head_logits(
     hidden: Tensor, output_layer: Any, output_weight: Tensor | None, scale_logits: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """[n, h] through Megatron's own LM head to this rank's shard [n, v/tp], in the model's dtype."""
-    # Megatron's linear layers take [s, b, h].
-    logits, _ = output_layer(hidden.unsqueeze(1), weight=output_weight, runtime_gather_output=False)
+    """[n, h] through Megatron's own LM head to this rank's shard [n, v/tp], in the model's dtype.
+
+    hidden  the same on every tensor-parallel rank; its gradient is all-reduced over them by the head
+    """
+    sequence_parallel = output_layer.sequence_parallel
+    output_layer.sequence_parallel = False  # the rows are whole already
+    try:
+        # Megatron's linear layers take [s, b, h].
+        logits, _ = output_layer(hidden.unsqueeze(1), weight=output_weight, runtime_gather_output=False)
+    finally:
+        output_layer.sequence_parallel = sequence_parallel
     return scale_logits(logits).squeeze(1)
 
 
 def last_position_logits(
     *, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any
 ) -> Tensor:
-    """An `output_processor`: logits of the last position only, [s, b, h] to [b, v/tp]."""
-    return head_logits(hidden_states[-1], output_layer, output_weight, scale_logits)
+    """An `output_processor`: logits of the last position only, [s, b, h] or [s/tp, b, h] to [b, v/tp]."""
+    return head_logits(_whole(hidden_states, output_layer)[-1], output_layer, output_weight, scale_logits)
 
 
 def pipeline_forward(
@@ -76,11 +195,13 @@ def pipeline_forward(
     position_ids: Tensor,
     *,
     parallel: ParallelContext,
-    output_processor: Callable[..., Tensor],
+    output_processor: OutputProcessor,
     inference_context: StaticInferenceContext | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """One forward through every stage and chunk of the pipeline, without Megatron's schedule.
+    """One forward of whole sequences through every stage and chunk of the pipeline, without Megatron's schedule.
+
+    Where the job slices sequences (sequence or context parallelism), call it inside `unsliced`.
 
     chunks        the model as Megatron holds it on this rank, one entry per virtual stage, wrappers removed or not
     tokens        [b, s] int64, the same on every stage
@@ -91,6 +212,8 @@ def pipeline_forward(
     """
     bare = unwrap_model(list(chunks))
     config = bare[0].config
+    if config.sequence_parallel or config.context_parallel_size > 1:
+        raise AssertionError("pipeline_forward sends whole sequences between stages: call it inside `unsliced`")
     stages = len(bare) * parallel.pp.size
     output: Tensor | None = None
     for chunk_id, chunk in enumerate(bare):
@@ -100,12 +223,13 @@ def pipeline_forward(
             received = torch.empty(shape, dtype=config.pipeline_dtype or config.params_dtype, device=tokens.device)
             dist.recv(received, group=parallel.pp.group, group_src=(parallel.pp.rank - 1) % parallel.pp.size)
             chunk.set_input_tensor([received])
-        result = chunk(
+        result = model_forward(
+            chunk,
             tokens,
             position_ids,
-            attention_mask,
-            inference_context=inference_context,
             output_processor=output_processor,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
         )
         if stage < stages - 1:
             dist.send(result, group=parallel.pp.group, group_dst=(parallel.pp.rank + 1) % parallel.pp.size)

@@ -33,6 +33,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.parallel_state", "initialize_model_parallel"),
     ("megatron.core.pipeline_parallel", "get_forward_backward_func"),
     ("megatron.core.process_groups_config", "ProcessGroupCollection"),
+    ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"),
     ("megatron.core.tensor_parallel.random", "model_parallel_cuda_manual_seed"),
     ("megatron.core.transformer", "TransformerConfig"),
     ("megatron.core.utils", "get_model_config"),

@@ -1,9 +1,12 @@
-"""Responses from the live student: autoregressive decoding over Megatron's own KV cache, on any TP x PP x VPP layout.
+"""Responses from the live student: autoregressive decoding over Megatron's own KV cache, on any layout.
 
 Prompts of a decoding batch differ in length. All rows advance together from the shortest prompt on; a row that is still
 inside its prompt takes its next prompt token instead of a sampled one. Every position is thus decoded exactly once,
 without padding in the cache, so no attention implementation needs a mask. Rows are sorted by length, and a batch ends
 where the next prompt is longer by more steps than a batch of its own would take.
+
+Sequence and context parallelism are off meanwhile (`mcore/unsliced.py`): each context-parallel rank decodes the same
+responses by itself.
 
 Collectives per token: two small all-gathers over tp (sampling), one broadcast of [b] over pp.
 """
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hybrid.mcore.model import StaticInferenceContext, last_position_logits, pipeline_forward, unwrap_model
+from megatron_hybrid.mcore.unsliced import unsliced
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.rollouts.assemble import Decode, Sample, assemble
@@ -57,7 +61,7 @@ class Sampler:
         for chunk in chunks:
             chunk.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), unsliced(chunks):
                 for wave in self._waves([len(prompt.token_ids) for prompt, _ in requests]):
                     drawn = self._decode_wave(chunks, [requests[i] for i in wave], step=step, seed=seed)
                     samples.update(zip(wave, drawn, strict=True))

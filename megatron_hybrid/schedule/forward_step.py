@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.mcore.model import head_logits, select_rows
+from megatron_hybrid.mcore.model import head_logits, model_forward, response_hidden
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
@@ -80,12 +80,11 @@ class HybridForwardStep:
 
     def __call__(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Output:
         batch = self.get_batch(data_iterator)
-        forward = model.build_schedule_plan if return_schedule_plan else model
         if isinstance(batch, HybridMicrobatch):
-            return self._hybrid(batch, forward)
+            return self._hybrid(batch, model, return_schedule_plan)
         if self.config is None or self.base_loss_func is not None:
-            return self._stock(batch, forward)
-        return self._demonstration(batch, forward)
+            return self._stock(batch, model.build_schedule_plan if return_schedule_plan else model)
+        return self._demonstration(batch, model, return_schedule_plan)
 
     def _stock(self, batch: Any, forward: Any) -> Output:
         tokens, labels, loss_mask, attention_mask, position_ids, *_ = batch
@@ -97,14 +96,15 @@ class HybridForwardStep:
         output = forward(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
         return output, partial(self.base_loss_func, loss_mask)
 
-    def _hybrid(self, batch: HybridMicrobatch, forward: Any) -> Output:
-        output = forward(
+    def _hybrid(self, batch: HybridMicrobatch, model: Any, schedule_plan: bool) -> Output:
+        output = model_forward(
+            model,
             batch.student.tokens,
             batch.student.position_ids,
-            None,
             packed_seq_params=batch.student.packed_seq_params,
             output_processor=self._hybrid_output,
-            output_processor_context=batch,
+            context=batch,
+            schedule_plan=schedule_plan,
         )
         return output, partial(_hybrid_loss, batch.count)
 
@@ -120,7 +120,7 @@ class HybridForwardStep:
     ) -> Tensor:
         """An `output_processor`: [s, b, h] to the loss per response token [n], scaled to its share of the count."""
         config, runtime, batch = self._ready(), self._known(), context
-        hidden = select_rows(hidden_states, batch.student.token_rows)
+        hidden = response_hidden(hidden_states, batch.student.token_rows, output_layer)
         student = head_logits(hidden, output_layer, output_weight, scale_logits)
         teacher = batch.teacher.logits() if isinstance(batch.teacher, LogitsPayload) else None
         weights: list[tuple[Tensor, Tensor]] = []
@@ -170,14 +170,16 @@ class HybridForwardStep:
         if self.token_kl is not None:
             self.token_kl.append(result.kl)
 
-    def _demonstration(self, batch: Any, forward: Any) -> Output:
+    def _demonstration(self, batch: Any, model: Any, schedule_plan: bool) -> Output:
         tokens, labels, loss_mask, attention_mask, position_ids, *_ = batch
-        output = forward(
+        output = model_forward(
+            model,
             tokens,
             position_ids,
-            attention_mask,
+            attention_mask=attention_mask,
             output_processor=self._demonstration_output,
-            output_processor_context=(labels, loss_mask),
+            context=(labels, loss_mask),
+            schedule_plan=schedule_plan,
         )
         return output, partial(_demonstration_loss, loss_mask)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.mcore.model import head_logits, select_rows, unwrap_model
+from megatron_hybrid.mcore.model import head_logits, model_forward, response_hidden, unwrap_model
 from megatron_hybrid.mcore.training import build_frozen_model, get_forward_backward_func
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import HiddenPayload, HybridMicrobatch
@@ -68,12 +68,12 @@ def _forward_step(data_iterator: Iterator[HybridMicrobatch], model: Any) -> tupl
                 return head_logits(hidden, output_layer, output_weight, scale_logits)
 
         head.append(logits_of)
-        return select_rows(hidden_states, reads.token_rows)
+        return response_hidden(hidden_states, reads.token_rows, output_layer)
 
-    output = unwrap_model([model])[0](
+    output = model_forward(
+        unwrap_model([model])[0],
         reads.tokens,
         reads.position_ids,
-        None,
         packed_seq_params=reads.packed_seq_params,
         output_processor=keep_rows,
     )

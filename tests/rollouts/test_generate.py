@@ -17,12 +17,16 @@ LAYOUTS = [
     pytest.param(
         2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}, id="PP 2 interleaved"
     ),
+    pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="TP 2 + SP"),
+    pytest.param(2, {"context_parallel_size": 2}, id="CP 2"),
+    pytest.param(4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}, id="PP 2 x CP 2"),
 ]
 
 
 def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] = (0,)) -> dict[str, Any]:
     from megatron_hybrid.mcore.groups import parallel_context
     from megatron_hybrid.mcore.model import head_logits, pipeline_forward
+    from megatron_hybrid.mcore.unsliced import unsliced
     from megatron_hybrid.rollouts.generate import Sampler
     from tests.tiny import megatron, set_weights, start
 
@@ -52,7 +56,7 @@ def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] =
 
         tokens = rollouts.tokens
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-        with torch.no_grad():
+        with torch.no_grad(), unsliced(model):
             logits = pipeline_forward(model, tokens, positions, parallel=parallel, output_processor=all_logits)
         full = None
         if logits is not None:
@@ -86,8 +90,8 @@ def test_responses_are_the_same_on_every_layout_and_batch_size(rank_pool):
     reference = rank_pool(1, init=False).run(job, {})[0]
     waves = rank_pool(1, init=False).run(job, {}, batch_size=5)[0]
     assert torch.equal(reference["tokens"], waves["tokens"])
-    for overrides in (p.values[1] for p in LAYOUTS[1:]):
-        for rank in rank_pool(2, init=False).run(job, overrides):
+    for size, overrides in (p.values for p in LAYOUTS[1:]):
+        for rank in rank_pool(size, init=False).run(job, overrides):
             assert torch.equal(reference["tokens"], rank["tokens"]), overrides
 
 

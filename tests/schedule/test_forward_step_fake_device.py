@@ -36,6 +36,8 @@ def _fake() -> Iterator[None]:
 class Head:
     """Megatron's ColumnParallelLinear as the processor meets it: (hidden [s, b, h], weight=...) to (logits, None)."""
 
+    sequence_parallel = False
+
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
 
