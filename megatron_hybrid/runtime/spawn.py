@@ -14,6 +14,7 @@ import atexit
 import faulthandler
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -176,10 +177,17 @@ class RankPool:
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on the loopback interface that nobody listens on at this moment.
+
+    Systems number outgoing connections from 32768 or higher: a port below can only be taken on purpose in the seconds
+    until rank 0 listens on it.
+    """
+    dice = random.SystemRandom()  # the seeded generator would give the same port to every test run of a machine
+    while True:
+        port = dice.randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((_LOOPBACK, port))
+            return port
 
 
 @contextmanager
