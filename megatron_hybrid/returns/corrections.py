@@ -24,9 +24,9 @@ The objective averages over pi, the rollouts over mu. With the advantage A_t and
 
 `prefix` multiplies the dense term by rho_{<t}, truncated at C; under the masks 0 outside [1/C, C].
 
-Numerics: products are sums of logs, and a sum above 40 nats counts as 40 where it becomes a weight, so no weight is
-infinite. A token that pi forbids (l = -inf) has weight 0. A token whose sampler gave no finite log-prob is taken as
-on-policy (l = 0) and counted. Equal log-probs give exactly 1.
+Numerics: products are sums of logs, and a log ratio above 40 nats, of a token or a product, counts as 40: no weight is
+infinite or NaN. A token that pi forbids (l = -inf) has weight 0. A token whose sampler gave no finite log-prob is taken
+as on-policy (l = 0) and counted. Equal log-probs give exactly 1.
 Collectives: none. Not here: tables of whole responses (`token_table.py`).
 """
 
@@ -97,7 +97,8 @@ class Correction:
 def log_ratios(log_prob: Tensor, sampled_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """(l_t, whether the sampler's log-prob is known), both [n]; l_t is 0 where it is not."""
     known = sampled_logprobs.isfinite()
-    return torch.where(known, log_prob.detach().float() - sampled_logprobs.float(), 0.0), known
+    log_ratio = torch.where(known, log_prob.detach().float() - sampled_logprobs.float(), 0.0)
+    return log_ratio.clamp(max=_LARGEST_LOG_RATIO), known  # a sum of finite ones can then not be infinite
 
 
 def prefix_log_ratios(log_ratio: Tensor, mask: Tensor) -> Tensor:
