@@ -11,6 +11,7 @@ Backward: no collective.  Memory of vocabulary size: the gradient in the logits'
 Not here: sums over tokens, masks as multiplications, rewards. Whoever calls owns them, through the weights.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -93,11 +94,7 @@ def vocab_parallel_hybrid_loss(
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     mixture = choose_mixture(divergence, divergence_mix, backend)
-    if weigh is not None and not (_is_number(imitation_weight, 1.0) and _is_number(advantage, 0.0)):
-        raise ConfigError(
-            "got weigh and also imitation_weight or advantage: weigh gives both weights, so the others would be "
-            "silently ignored. Pass one or the other."
-        )
+    weights = weights_of(target, imitation_weight, advantage, weigh)
     call = read_call(
         student_logits,
         teacher_logits,
@@ -109,16 +106,8 @@ def vocab_parallel_hybrid_loss(
         ignore_index=ignore_index,
         teacher_logit_floor=teacher_logit_floor,
     )
-    if inplace and not _is_view(student_logits):
-        raise ShapeError(
-            f"inplace=True needs student logits whose rows can be viewed as [rows, {student_logits.shape[-1]}]; "
-            f"strides {student_logits.stride()} of {list(student_logits.shape)} need a copy. Make them contiguous."
-        )
-
-    def weights(stats: TokenStats) -> tuple[Tensor, Tensor]:
-        imitation, credit = (imitation_weight, advantage) if weigh is None else weigh(stats)
-        return as_weight("imitation_weight", imitation, target), as_weight("advantage", credit, target)
-
+    if inplace:
+        check_inplace(student_logits)
     teacher = None if teacher_logits is None else teacher_logits.detach()
     plan = Plan(call, BACKENDS[backend], weights, inplace, mixture)
     return HybridLoss(*HybridLossFunction.apply(student_logits, teacher, plan))
@@ -135,6 +124,23 @@ def choose_mixture(divergence: str, divergence_mix: float, backend: str) -> tupl
             f"passes of their own. Use backend {' or '.join(map(repr, MIXTURE_PASSES))}, or divergence 'reverse_kl'."
         )
     return mixture, MIXTURE_PASSES[backend]
+
+
+def weights_of(
+    target: Tensor, imitation_weight: float | Tensor, advantage: float | Tensor, weigh: Weigh | None
+) -> Callable[[TokenStats], tuple[Tensor, Tensor]]:
+    """What gives both weights once the stats are known: `weigh`, or the two that were passed instead."""
+    if weigh is not None and not (_is_number(imitation_weight, 1.0) and _is_number(advantage, 0.0)):
+        raise ConfigError(
+            "got weigh and also imitation_weight or advantage: weigh gives both weights, so the others would be "
+            "silently ignored. Pass one or the other."
+        )
+
+    def weights(stats: TokenStats) -> tuple[Tensor, Tensor]:
+        imitation, credit = (imitation_weight, advantage) if weigh is None else weigh(stats)
+        return as_weight("imitation_weight", imitation, target), as_weight("advantage", credit, target)
+
+    return weights
 
 
 def as_weight(name: str, value: float | Tensor, target: Tensor) -> Tensor:
@@ -156,9 +162,12 @@ def _is_number(value: float | Tensor, default: float) -> bool:
     return not isinstance(value, Tensor) and value == default
 
 
-def _is_view(logits: Tensor) -> bool:
+def check_inplace(student_logits: Tensor) -> None:
+    """Raises where the gradient could not be written over the logits."""
     try:
-        logits.view(-1, logits.shape[-1])
+        student_logits.view(-1, student_logits.shape[-1])
     except RuntimeError:
-        return False
-    return True
+        raise ShapeError(
+            f"inplace=True needs student logits whose rows can be viewed as [rows, {student_logits.shape[-1]}]; "
+            f"strides {student_logits.stride()} of {list(student_logits.shape)} need a copy. Make them contiguous."
+        ) from None

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.collectives import gather_ranks
-from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops.api import HybridLoss, _is_number, _is_view, as_weight
+from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.ops.api import HybridLoss, check_inplace, weights_of
 from megatron_hybrid.ops.call import Call, read_call, rows_of
 from megatron_hybrid.ops.topk_passes import Slots, merge_shards, read_slots, shard_gradient, shard_stats
 from megatron_hybrid.parallel import Group, GroupView
@@ -61,7 +61,8 @@ def vocab_parallel_topk_hybrid_loss(
     rest_floor         the least log Q_rest, nats. At 6e-8 the rest is rounding of the log-probs, and 0 would make D
                        infinite. It is not used where the student has nothing outside K: there is no bucket then
 
-    Everything else as `vocab_parallel_hybrid_loss`; `kl` and `divergence` are D. Rows that do not count may hold anything, ids included.
+    Everything else as `vocab_parallel_hybrid_loss`. Of the outputs, `kl` and `divergence` are D. Rows that do not count
+    may hold anything, ids included.
     """
     call = read_call(
         student_logits,
@@ -79,23 +80,11 @@ def vocab_parallel_topk_hybrid_loss(
         )
     v = student_logits.shape[-1] * GroupView.of(group).size if vocab_size is None else vocab_size
     teacher = read_slots(teacher_ids, teacher_log_probs, call, v=v, rest_floor=rest_floor)
-    if weigh is not None and not (_is_number(imitation_weight, 1.0) and _is_number(advantage, 0.0)):
-        raise ConfigError(
-            "got weigh and also imitation_weight or advantage: weigh gives both weights, so the others would be "
-            "silently ignored. Pass one or the other."
-        )
-    if inplace and not _is_view(student_logits):
-        raise ShapeError(
-            f"inplace=True needs student logits whose rows can be viewed as [rows, {student_logits.shape[-1]}]; "
-            f"strides {student_logits.stride()} of {list(student_logits.shape)} need a copy. Make them contiguous."
-        )
-
-    def weights(stats: TokenStats) -> tuple[Tensor, Tensor]:
-        imitation, credit = (imitation_weight, advantage) if weigh is None else weigh(stats)
-        return as_weight("imitation_weight", imitation, target), as_weight("advantage", credit, target)
-
-    loss, kl, *others = _TopKLoss.apply(student_logits, teacher, call, weights, inplace)
-    return HybridLoss(loss, kl, *others, divergence=kl)
+    weights = weights_of(target, imitation_weight, advantage, weigh)
+    if inplace:
+        check_inplace(student_logits)
+    loss, kl, log_prob, teacher_log_prob, entropy = _TopKLoss.apply(student_logits, teacher, call, weights, inplace)
+    return HybridLoss(loss, kl, log_prob, teacher_log_prob, entropy, divergence=kl)
 
 
 class _TopKLoss(torch.autograd.Function):

@@ -13,6 +13,7 @@ Not here: the loss (`ops/topk.py`), renormalising the k, teachers that answer ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -99,6 +100,8 @@ def topk_log_probs(
         )
     if not 0 < k <= vocab_size:
         raise ConfigError(f"k must lie in [1, {vocab_size}], the true vocabulary, got {k}: choose fewer tokens.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature must be a finite number > 0, got {temperature}: logits are divided by it.")
     columns, first = logits.shape[1], tp.rank * logits.shape[1]
     own = logits[:, : min(max(vocab_size - first, 0), columns)]
     rows = max(1, _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // columns)

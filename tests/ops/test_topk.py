@@ -153,6 +153,10 @@ def some_cases() -> dict[str, Case]:
     unused["teacher_ids"][:4, 3:] = -1
     unused["teacher_ids"][4] = -1
     unused["teacher_log_probs"][:5, 4:] = NAN  # an unused slot is never read
+    unlikely = make_case(40)
+    unlikely["student_logits"][:, 20:] -= 1e3  # a probability of exactly 0, and on shards a whole rank of it
+    unlikely["teacher_log_probs"][unlikely["teacher_ids"] >= 20] = -INF
+    unlikely["target"] %= 20
     return {
         "plain": make_case(),
         "one": make_case(1),
@@ -161,6 +165,7 @@ def some_cases() -> dict[str, Case]:
         "padded": make_case(v=27),
         "last_shards_only_padding": make_case(v=9),
         "unused_slots": unused,
+        "forbidden_where_the_student_has_nothing": unlikely,
         "warm_student": make_case(student_temperature=1.7),
         "cold_student": make_case(student_temperature=0.6),
         "far_apart": make_case(spread=12.0),

@@ -162,6 +162,7 @@ def test_shards_of_the_head_leave_the_same_payload(rank_pool: Pools):
     [
         ({"k": 0}, ConfigError, "k must lie in"),
         ({"k": 41}, ConfigError, "k must lie in"),
+        ({"temperature": 0.0}, ConfigError, "temperature must be"),
         ({"vocab_size": 49}, ShapeError, "vocab_size is 49"),
         ({"logits": torch.zeros(2, 3, 48)}, ShapeError, "teacher logits must be"),
         ({"logits": torch.zeros(3, 48, dtype=torch.long)}, ShapeError, "teacher logits must be"),
