@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.mcore.model import head_logits, model_forward, response_hidden, unwrap_model
-from megatron_hybrid.mcore.training import build_frozen_model, get_forward_backward_func
+from megatron_hybrid.mcore.second_model import build_frozen_model
+from megatron_hybrid.mcore.training import get_forward_backward_func
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import HiddenPayload, HybridMicrobatch
 
@@ -41,19 +42,26 @@ class FrozenTeacher:
         """See `Teacher`. Under a pipeline all micro-batches must have one shape [b, s]."""
         schedule = get_forward_backward_func()
         micro_batch_size, width = batches[0].teacher_input.tokens.shape
-        iterators = [iter(batches) for _ in self.model]
+        asked = [*batches, *[batches[-1]] * self._filling(len(batches))]
+        iterators = [iter(asked) for _ in self.model]
         with torch.no_grad():
             payloads = schedule(
                 forward_step_func=_forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.model if len(self.model) > 1 else self.model[0],
-                num_microbatches=len(batches),
+                num_microbatches=len(asked),
                 seq_length=width * self.parallel.cp.size,  # Megatron divides by it
                 micro_batch_size=micro_batch_size,
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        return list(payloads) if self.parallel.is_last_stage else [None] * len(batches)
+        return list(payloads[: len(batches)]) if self.parallel.is_last_stage else [None] * len(batches)
+
+    def _filling(self, count: int) -> int:
+        """Micro-batches that an interleaved schedule needs besides: it takes whole groups only, and a teacher of some
+        tasks is asked for any number."""
+        group = unwrap_model(self.model)[0].config.microbatch_group_size_per_vp_stage
+        return -count % group if len(self.model) > 1 else 0
 
 
 def _forward_step(data_iterator: Iterator[HybridMicrobatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:

@@ -1,0 +1,224 @@
+"""A second model beside the student: a teacher of any architecture from its checkpoint, or a copy of the student.
+
+    the job's arguments + the architecture in a checkpoint's -> Megatron's own builder -> chunks of this rank -> weights
+
+The second model lies on the job's own process groups: same TP, PP and VPP, another depth, width, head, vocabulary
+padding or kind (GPT, HybridModel). It has no optimizer, no gradient buffers and no mixed-precision wrapper, and its
+checkpoints are torch_dist: saved at one layout, loaded at any other. Its vocabulary is padded as the student's, so that
+a column is the same token on the same rank; rows that a checkpoint does not have are 0, and lie beyond the true
+vocabulary, where nobody reads.
+
+Collectives: those of saving and loading, and of `settle_weights` where gathers of parameters overlap.
+Not here: expert parallelism, layers that differ from one another by a configuration file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+from megatron.training.arguments import add_megatron_arguments
+from torch import Tensor
+
+from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
+
+Chunks = list[torch.nn.Module]
+"""A model as one rank of a pipeline holds it: one module per virtual stage."""
+
+# What a checkpoint's arguments say about the function that the model computes; everything else (layout, precision,
+# kernels) is the job's.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
+    "kv_channels", "max_position_embeddings", "untie_embeddings_and_output_weights", "spec",
+    # positions
+    "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq", "mrope_section",
+    "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "rope_type",
+    "rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings", "yarn_beta_fast",
+    "yarn_beta_slow", "yarn_correction_range_round_to_int",
+    # norms, activations, biases, scales
+    "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
+    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "quick_geglu", "glu_linear_offset",
+    "activation_func_clamp_value", "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult",
+    "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power",
+    # attention
+    "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "softmax_type", "attention_output_gate",
+    "window_size", "window_attn_skip_freq", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
+    "qk_pos_emb_head_dim", "v_head_dim", "experimental_attention_variant", "dsa_indexer_n_heads",
+    "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset",
+    "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation", "dsa_indexer_scoring_relu",
+    "dsa_indexer_k_norm_epsilon", "dsa_indexer_k_norm_fp32", "linear_attention_freq", "linear_conv_kernel_dim",
+    "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+    # state space layers
+    "hybrid_layer_pattern", "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads",
+    # experts
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_latent_size", "moe_apply_probs_on_input",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_topk", "moe_router_num_groups",
+    "moe_router_group_topk", "moe_router_pre_softmax", "moe_router_score_function", "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor", "moe_router_dtype",
+)  # fmt: skip
+
+# Names of older versions, under which a checkpoint may hold the same thing.
+_OLDER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+# How the job cuts its own depth into stages by hand: of no use to another depth.
+_STAGES_BY_HAND = {
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
+
+
+def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespace:
+    """The job's arguments with the architecture of a checkpoint in their place.
+
+    What a checkpoint does not say it was saved without knowing of: then Megatron's own default holds, not the job's.
+    """
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    merged = copy.copy(args)
+    for name in ARCHITECTURE:
+        known = [key for key in (name, _OLDER_NAMES.get(name, name)) if key in checkpoint_args]
+        setattr(merged, name, checkpoint_args[known[0]] if known else parser.get_default(name))
+    if any(checkpoint_args.get(f"heterogeneous_layers_config_{kind}") for kind in ("path", "encoded_json")):
+        raise ConfigError(
+            "the layers of the teacher differ by a configuration file (--heterogeneous-layers-config-path), which is "
+            "the job's in Megatron, not the model's: such a teacher cannot be built beside a student. Use another one."
+        )
+    _check_positions(merged)
+    _check_stages(merged, args.num_layers)
+    return merged
+
+
+def _check_positions(merged: Namespace) -> None:
+    if merged.position_embedding_type == "learned_absolute" and merged.max_position_embeddings < merged.seq_length:
+        raise ConfigError(
+            f"the teacher has learned {merged.max_position_embeddings} positions, but --seq-length is "
+            f"{merged.seq_length}: it could not read to the end. Lower --seq-length, or use another teacher."
+        )
+
+
+def _check_stages(merged: Namespace, student_layers: int) -> None:
+    if merged.num_layers == student_layers:
+        return  # cut as the student, by hand or not
+    for name, off in _STAGES_BY_HAND.items():
+        setattr(merged, name, off)
+    stages = merged.pipeline_model_parallel_size * (merged.virtual_pipeline_model_parallel_size or 1)
+    if merged.num_layers % stages:
+        raise ConfigError(
+            f"the teacher has {merged.num_layers} layers, which {stages} pipeline stages (PP x VPP) cannot share "
+            "evenly. Choose stages that divide the layers of student and teacher."
+        )
+
+
+def build_frozen_model(checkpoint: str, checkpoint_args: Mapping[str, Any]) -> Chunks:
+    """The chunks of this rank, weights loaded, in eval mode, without gradients.
+
+    checkpoint       torch_dist folder, as `--load` takes it
+    checkpoint_args  its stored arguments
+    """
+    args = frozen_args(get_args(), checkpoint_args)
+    try:
+        chunks = _build(args)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"the teacher in {checkpoint} cannot be built on this job's layout (TP {args.tensor_model_parallel_size}, "
+            f"PP {args.pipeline_model_parallel_size}): {error}. Change the layout, or use another teacher."
+        ) from error
+    load_weights(chunks, checkpoint)
+    return chunks
+
+
+def build_copy(student: Sequence[torch.nn.Module]) -> Chunks:
+    """A model like the student with its weights as they are now, in eval mode, without gradients.
+
+    student  the job's own chunks on this rank, wrapped or not
+    """
+    chunks = _build(get_args())
+    ours, theirs = list(named_tensors(chunks)), list(named_tensors(student))
+    for (name, own), (other, tensor) in itertools.zip_longest(ours, theirs, fillvalue=("nothing", torch.empty(0))):
+        if name != other or own.shape != tensor.shape:
+            raise ConfigError(
+                f"a copy of the student has {name} {list(own.shape)} where the student has {other} "
+                f"{list(tensor.shape)}: the script's own model is not what Megatron builds from the arguments. Save a "
+                "checkpoint of it and use that as teacher."
+            )
+    settle_weights(student)
+    with torch.no_grad():
+        for (_, own), (_, tensor) in zip(ours, theirs, strict=True):
+            own.copy_(tensor)
+    return chunks
+
+
+def _build(args: Namespace) -> Chunks:
+    args = copy.copy(args)
+    args.perform_initialization = False  # every weight is loaded or copied, and the student's random state stays
+    config = (gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args)(args)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # No mixed-precision wrapper: it would return fp32 copies of the hidden states.
+    chunks: Chunks = config.get_builder_cls()(config).build_distributed_models(
+        groups, wrap_with_ddp=False, data_parallel_random_init=False, mixed_precision_wrapper=None
+    )
+    for chunk in chunks:
+        chunk.to(args.params_dtype).eval().requires_grad_(False)
+    return list(chunks)
+
+
+def named_tensors(model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of all chunks in order, wrappers removed, each once; a name begins with its chunk."""
+    for number, chunk in enumerate(unwrap_model(list(model))):
+        for name, tensor in itertools.chain(chunk.named_parameters(), chunk.named_buffers()):
+            yield f"{number}.{name}", tensor
+
+
+def settle_weights(model: Sequence[torch.nn.Module]) -> None:
+    """Waits for what an optimizer step left under way: under --overlap-param-gather weights arrive in the next forward
+    pass. As Megatron does before it saves."""
+    with torch.no_grad():
+        for chunk in model:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+def save_weights(model: Chunks, folder: str | Path) -> None:
+    """Writes weights and the job's arguments as a torch_dist checkpoint, which can be a teacher of another run.
+
+    folder  made where it does not exist; on a file system that all ranks share
+    """
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = _sharded(model) | {"args": get_args(), "checkpoint_version": 3.0}
+    # Arguments differ from rank to rank (the rank itself), which is no fault of the checkpoint.
+    dist_checkpointing.save(state, str(folder), preprocess_common_before_consistancy_check=lambda common: {})
+
+
+def load_weights(model: Chunks, folder: str | Path) -> None:
+    """Fills every parameter from a torch_dist checkpoint, saved at any layout and vocabulary padding."""
+    loaded = dist_checkpointing.load(_sharded(model), str(checkpoint_folder(folder)))
+    for key, chunk in zip(_keys(model), model, strict=True):
+        chunk.load_state_dict(loaded[key], strict=True)
+
+
+def _keys(model: Chunks) -> list[str]:
+    """Megatron's names for the chunks in a checkpoint's state."""
+    return ["model"] if len(model) == 1 else [f"model{number}" for number in range(len(model))]
+
+
+def _sharded(model: Chunks) -> dict[str, Any]:
+    """Megatron's description of its own tensors."""
+    return {key: chunk.sharded_state_dict() for key, chunk in zip(_keys(model), unwrap_model(model), strict=True)}
