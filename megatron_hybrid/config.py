@@ -154,11 +154,18 @@ class HybridConfig(_FromArguments):
 
     def at(self, step: int) -> Self:
         """The settings of one step: weights and discount as their schedules have them; `step` steps are done."""
-        return replace(
-            self,
-            **{name: self._value(name, step) for name in SCHEDULED},
-            **{f"{name}_schedule": "constant" for name in SCHEDULED},
-        )
+        now: dict[str, Any] = {name: self._value(name, step) for name in SCHEDULED}
+        return replace(self, **now | {f"{name}_schedule": "constant" for name in SCHEDULED})
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the imitation term is ever on."""
+        return any(self._value("imitation_weight", step) > 0 for step in self._turning_points())
+
+    @property
+    def has_future_cost(self) -> bool:
+        """Whether the future imitation cost is ever on."""
+        return self.imitates and any(self._value("discount", step) > 0 for step in self._turning_points())
 
     def _value(self, name: str, step: int) -> float:
         return schedule(name, getattr(self, f"{name}_schedule"), getattr(self, name))(step)
@@ -254,8 +261,8 @@ class OnlineConfig(_FromArguments):
     teacher_load: str | None = setting(
         None,
         "Megatron checkpoint (torch_dist) of the teacher, its arguments are read from it; several, comma-separated: "
-        "TASK=PATH for one per task ('*' for all others), WEIGHT*PATH for a mixture of their distributions; 'self': a "
-        "copy of the student",
+        "TASK=PATH for one per task ('*' for all others), WEIGHT*PATH for a mixture of their distributions; a PATH "
+        "'self' is a copy of the student",
     )
     teacher_ema_decay: float | None = setting(
         None, "teacher_load self: what the copy keeps of itself at each step, in [0, 1); unset: the copy stays"
@@ -283,7 +290,7 @@ class OnlineConfig(_FromArguments):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
-        self_teacher = self.teacher_load == "self"
+        self_teacher = re.search(r"(^|[=*,])\s*self\s*(,|$)", self.teacher_load or "") is not None
         for name in ("teacher_ema_decay", "teacher_refresh_interval"):
             value = getattr(self, name)
             if value is not None and not self_teacher:

@@ -61,13 +61,16 @@ class RolloutBatch:
     def take(self, rows: Sequence[int]) -> RolloutBatch:
         """These rows, in this order."""
         index = list(rows)
-        tensors = {
-            name: getattr(self, name)[index] for name in ("tokens", "response_mask", "sampled_logprobs", "group_id")
-        }
-        tuples = {
-            name: tuple(getattr(self, name)[row] for row in index) for name in ("prompts", "truncated", "responses")
-        }
-        return replace(self, **tensors, **tuples)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in index),
+            tokens=self.tokens[index],
+            response_mask=self.response_mask[index],
+            sampled_logprobs=self.sampled_logprobs[index],
+            group_id=self.group_id[index],
+            truncated=tuple(self.truncated[row] for row in index),
+            responses=tuple(self.responses[row] for row in index),
+        )
 
 
 @dataclass(frozen=True)

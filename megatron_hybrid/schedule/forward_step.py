@@ -23,8 +23,9 @@ from megatron_hybrid.mcore.model import head_logits, model_forward, response_hid
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
+from megatron_hybrid.ops.topk import vocab_parallel_topk_hybrid_loss
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HybridMicrobatch, LogitsPayload, TokenStats
+from megatron_hybrid.records import HybridMicrobatch, TokenStats, TopKPayload
 
 IGNORED = -100
 Output = tuple[Tensor, Callable[..., Any]]
@@ -119,10 +120,9 @@ class HybridForwardStep:
         **_: Any,
     ) -> Tensor:
         """An `output_processor`: [s, b, h] to the loss per response token [n], scaled to its share of the count."""
-        config, runtime, batch = self._ready(), self._known(), context
+        config, batch = self._ready(), context
         hidden = response_hidden(hidden_states, batch.student.token_rows, output_layer)
         student = head_logits(hidden, output_layer, output_weight, scale_logits)
-        teacher = batch.teacher.logits() if isinstance(batch.teacher, LogitsPayload) else None
         weights: list[tuple[Tensor, Tensor]] = []
 
         def weigh(stats: TokenStats) -> tuple[Tensor, Tensor]:
@@ -130,39 +130,61 @@ class HybridForwardStep:
             weights.append((imitation, advantage))
             return imitation * batch.token_scale, advantage * batch.token_scale
 
-        options: dict[str, Any] = {
-            "student_temperature": config.student_temperature,
-            "teacher_temperature": config.teacher_temperature,
-            "vocab_size": runtime.vocab_size,
-            "group": runtime.tp.group,
-            "teacher_logit_floor": config.teacher_logit_floor,
-            "ignore_index": None,
-        }
-        result = vocab_parallel_hybrid_loss(
-            student,
-            teacher,
-            batch.targets,
-            weigh=weigh,
-            inplace=torch.is_grad_enabled(),
-            backend=config.backend,
-            **options,
-        )
+        inplace = torch.is_grad_enabled()
+        if isinstance(batch.teacher, TopKPayload):
+            options = self._student_options()
+            result = vocab_parallel_topk_hybrid_loss(
+                student,
+                batch.teacher.ids,
+                batch.teacher.log_probs,
+                batch.targets,
+                weigh=weigh,
+                inplace=inplace,
+                **options,
+            )
+        else:
+            teacher = batch.teacher.logits() if batch.teacher is not None else None
+            options = self._student_options() | self._teacher_options()
+            result = vocab_parallel_hybrid_loss(
+                student, teacher, batch.targets, weigh=weigh, inplace=inplace, backend=config.backend, **options
+            )
         ((imitation, advantage),) = weights
         self._measure(batch, result, imitation, advantage)
-        if self.gradient_norms:
+        if self.gradient_norms and not isinstance(batch.teacher, TopKPayload):
             with torch.no_grad():
                 dense, sparse = logit_gradient_norms(student, teacher, batch.targets, imitation, advantage, **options)
             self.metrics.mean("actor/grad_norm_dense", dense)
             self.metrics.mean("actor/grad_norm_sparse", sparse)
         return result.loss
 
+    def _student_options(self) -> dict[str, Any]:
+        config, runtime = self._ready(), self._known()
+        return {
+            "student_temperature": config.student_temperature,
+            "vocab_size": runtime.vocab_size,
+            "group": runtime.tp.group,
+            "ignore_index": None,
+        }
+
+    def _teacher_options(self) -> dict[str, Any]:
+        config = self._ready()
+        return {
+            "teacher_temperature": config.teacher_temperature,
+            "teacher_logit_floor": config.teacher_logit_floor,
+            "divergence": config.divergence,
+            "divergence_mix": config.divergence_mix,
+        }
+
     def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
         drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
         metrics = self.metrics
         if batch.teacher is not None:  # without one a KL of 0 would read as perfect agreement
             metrics.mean("actor/kl_loss", result.kl)
+            if self._ready().divergence != "reverse_kl":
+                metrics.mean("actor/distillation/loss", result.divergence)
             metrics.sum("training/infinite_kl_tokens", result.kl.isinf().float())
-        metrics.mean("actor/pg_loss", -advantage * result.log_prob)
+        # Selected as in the op: a token that the student forbids may have weight 0.
+        metrics.mean("actor/pg_loss", torch.where(advantage == 0, 0.0, -advantage * result.log_prob))
         metrics.mean("actor/entropy", result.entropy)
         metrics.spread("critic/advantages", advantage)
         metrics.mean("training/rollout_probs_diff_mean", drift)

@@ -2,30 +2,34 @@
 
     draw -> sample -> score -> credit -> annotate -> [Megatron's schedule, gradient, optimizer] -> measure -> report
 
-`OnlineLoop` is what `schedule/inject.py` calls around each schedule call. Nothing here survives a step but the report:
-the position in the prompts is Megatron's own count of consumed samples, and every random number derives from the step,
-the prompt and the sample, so a resumed run goes on exactly.
+`OnlineLoop` is what `schedule/inject.py` calls around each schedule call. The first three happen once per collection,
+from which several steps may learn (`updates.py`). The position in the prompts follows from the number of steps, and
+every random number from the step, the prompt and the sample, so a resumed run goes on exactly; what else a run has to
+remember goes into Megatron's checkpoint with the arguments (`credit.py`) or beside it (the student's copy).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.symbols import borrow
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.prompts.stream import PromptStream
-from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, TokenStats, Weigh
-from megatron_hybrid.returns.baselines import reward_advantages
-from megatron_hybrid.returns.weights import make_weigh
+from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats, Weigh
+from megatron_hybrid.returns.corrections import finish_metrics
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
@@ -33,8 +37,13 @@ from megatron_hybrid.schedule.inject import ScheduleCall
 from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
 from megatron_hybrid.schedule.microbatch import CreditFor, microbatches
 from megatron_hybrid.teachers.base import Teacher
+from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.report import RunReport
 from megatron_hybrid.train.samples import Sample
+from megatron_hybrid.train.updates import Updates
+
+logger = logging.getLogger(__name__)
 
 EVAL_SEED_OFFSET = 1_000_003
 """Held-out responses are drawn with noise of their own, the same at every evaluation: differences are the model's."""
@@ -43,12 +52,20 @@ SHOWN_SAMPLES = 16
 """Responses in an entry of the table of samples, at least; whole micro-batches are shown."""
 
 
+class Teachers(NamedTuple):
+    """What answers for the response tokens."""
+
+    teacher: Teacher | None
+    copy: SnapshotTeacher | None
+    """The part of it that is a copy of the student: it follows the student's steps and is saved with them."""
+
+
 @dataclasses.dataclass
 class OnlineLoop:
     """The stages of one run on one rank; implements `schedule.inject.Hooks`."""
 
     args: Any
-    """Megatron's arguments; read for its counters (iteration, consumed samples), never written."""
+    """Megatron's arguments: its counters are read, and `hybrid_state` is kept in them, which it saves."""
     config: HybridConfig
     forward_step: HybridForwardStep
     parallel: ParallelContext
@@ -57,9 +74,12 @@ class OnlineLoop:
     eval_prompts: PromptStream
     sampler: Sampler
     rubric: Rubric
-    teacher: Teacher | None
+    build_teachers: Callable[[list[torch.nn.Module]], Teachers]
+    """From the student's chunks, which are known once Megatron calls its schedule."""
     tasks: tuple[str, ...]
     """Every task the prompts can have: ranks must report the same names, whatever they drew."""
+    saved_state: dict[str, float] | None
+    """What `before_save` kept in the checkpoint that was resumed from; None: a fresh start."""
     report: RunReport | None
     """On the logging rank only."""
     samples_interval: int
@@ -70,16 +90,24 @@ class OnlineLoop:
     def __post_init__(self) -> None:
         self._step = int(self.args.iteration)
         """Optimizer steps done."""
-        self._collected: tuple[RolloutBatch, Tensor | None, list[HybridMicrobatch]] | None = None
+        self._collection: Scored | None = None
+        """What the steps of this collection learn from."""
+        self._collected: tuple[Scored, list[HybridMicrobatch]] | None = None
+        """What this step learns from."""
         self._held_out = Metrics()
         self._evaluations = 0
         self._started = False
+        self._teachers: Teachers | None = None
+        self.updates = Updates(self.config.mini_batches, self.config.ppo_epochs)
+        self.credit = Credit(self.config, self.parallel)
         self._clock = _Clock()
 
     # Hooks, in the order Megatron's step meets them.
 
     def before_schedule(self, call: ScheduleCall) -> None:
         """Rollouts, rewards, credit and the teacher pass; the call then reads these micro-batches."""
+        if self._teachers is None:
+            self._teachers = self._begin(call.model)
         if not call.forward_only and not self._started:
             self._started = True
             self._evaluate_first(call)
@@ -103,13 +131,15 @@ class OnlineLoop:
         metrics, self._held_out, self._evaluations = self._held_out, Metrics(), 0
         if not self.parallel.is_last_stage:
             return
-        values = _held_out_names(metrics.reduce(self.parallel.dp.group), self.tasks)
+        values = _held_out_names(metrics.reduce(self.parallel.dp_cp.group), self.tasks)
         if self.report is not None:
             self.report.evaluation(self._step, values)
 
     def after_step(self, record: dict[str, Any]) -> None:
         """Reduces the step's metrics over data-parallel replicas and reports them on the logging rank."""
         self._step = int(record["iteration"])
+        if self._copy is not None:
+            self._copy.update(self._step)
         if not self.parallel.is_last_stage or self._collected is None:
             return
         self._clock.lap("update")
@@ -122,12 +152,46 @@ class OnlineLoop:
             metrics.max(name, value)  # Megatron has reduced them
         metrics.sum("training/skipped_steps", float(record["skipped_iter"]))
         metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
-        values = _finish(metrics.reduce(self.parallel.dp.group))
+        values = _finish(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
             self.report.step(self._step, values)
             if self._step % self.samples_interval == 0 or self._step == 1:
                 self.report.samples(self._step, self._sample_rows())
         self._release()
+
+    def before_save(self, iteration: int) -> None:
+        """What a run has to remember besides what Megatron does."""
+        self.args.hybrid_state = self.credit.state()
+        if self._copy is not None:
+            self._copy.save(_copy_folder(self.args.save, iteration))
+
+    def _begin(self, student: list[torch.nn.Module]) -> Teachers:
+        """The teachers, and what a checkpoint kept of credit and copy."""
+        teachers = self.build_teachers(student)
+        if self.saved_state is None:
+            return teachers
+        if self.saved_state:
+            self.credit.load(self.saved_state)
+        elif self.config.baseline == "running_mean":
+            logger.warning("the checkpoint holds no mean of earlier rewards: the baseline starts anew")
+        if teachers.copy is not None:
+            folder = _copy_folder(self.args.load, int(self.args.iteration))
+            if not folder.exists():
+                raise ConfigError(
+                    f"the teacher is a copy of the student, and the checkpoint of step {self.args.iteration} has "
+                    f"none in {folder}: it was saved by a run with another teacher. Start from it with --finetune, and "
+                    "the copy is taken from its weights."
+                )
+            teachers.copy.load(folder)
+        return teachers
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return None if self._teachers is None else self._teachers.teacher
+
+    @property
+    def _copy(self) -> SnapshotTeacher | None:
+        return None if self._teachers is None else self._teachers.copy
 
     def _release(self) -> None:
         """The teacher's hidden states go before the next rollout needs the memory."""
@@ -137,71 +201,71 @@ class OnlineLoop:
     # The stages.
 
     def _collect(self, call: ScheduleCall) -> list[HybridMicrobatch]:
-        evaluation = call.forward_only
-        micro_batch_size = int(call.kwargs["micro_batch_size"])
-        group_size = 1 if evaluation else self.config.group_size
-        replica, rest = divmod(int(call.kwargs["num_microbatches"]) * micro_batch_size, group_size)
-        assert rest == 0, "prepare() refuses batches that cut a group"
-        count = replica * self.parallel.dp.size
-        step = 0 if evaluation else int(self.args.curr_iteration)
-        start = self._evaluations * count if evaluation else int(self.args.consumed_train_samples) // group_size
-        seed = int(self.args.seed) + (EVAL_SEED_OFFSET if evaluation else 0)
-        stream = self.eval_prompts if evaluation else self.prompts
-
-        prompts = stream.draw(start, count, self.parallel.dp.rank, self.parallel.dp.size)
-        rollouts = self.sampler.sample(call.model, prompts, group_size, step=step, seed=seed)
-        self._clock.lap("rollout")
-        rewards = self._score(rollouts)
-        self._clock.lap("reward")
-        credit = self._no_credit if evaluation else self._credit(rollouts, rewards)
+        """The micro-batches of this schedule call, with the teacher's payload."""
+        num_rows = int(call.kwargs["num_microbatches"]) * int(call.kwargs["micro_batch_size"])
+        learns_from = self._held_out_rows(call, num_rows) if call.forward_only else self._rows_of_step(call, num_rows)
         batches = microbatches(
-            rollouts,
-            micro_batch_size=micro_batch_size,
+            learns_from.rollouts,
+            micro_batch_size=int(call.kwargs["micro_batch_size"]),
             aggregation=self.config.aggregation,
-            credit_for=credit,
+            credit_for=self._credit(call, learns_from),
             layout=self.layout,
         )
         batches = self._annotate(batches)
         self._clock.lap("teacher")
-
-        if rewards is not None:
-            self._measure(rollouts, rewards)
-        self._collected = rollouts, rewards, batches
+        if learns_from.rewards is not None:
+            self._measure(learns_from.rollouts, learns_from.rewards)
+        self._collected = learns_from, batches
         return batches
+
+    def _rows_of_step(self, call: ScheduleCall, num_rows: int) -> Scored:
+        """What the next step learns from; collected first where a collection begins."""
+        step, group_size = int(self.args.curr_iteration), self.config.group_size
+        num_rows *= self.updates.mini_batches
+        if self._collection is None or self.updates.is_first(step):
+            if not self.updates.is_first(step):
+                logger.warning("step %d is in the middle of a collection that is gone: it is sampled anew", step)
+            count, rest = divmod(num_rows * self.parallel.dp.size, group_size)
+            assert rest == 0, "prepare() refuses batches that cut a group"
+            start = self.updates.prompts_before(step, count // self.updates.mini_batches)
+            prompts = self.prompts.draw(start, count, self.parallel.dp.rank, self.parallel.dp.size)
+            self._collection = self._sample(call, prompts, group_size, step=step, seed=int(self.args.seed))
+            self._collection = self.credit.collected(self._collection)
+        rows = self.updates.rows(step, num_rows=num_rows, group_size=group_size, seed=int(self.args.seed))
+        self.forward_step.metrics.max("training/policy_age", step - self._collection.rollouts.policy_version)
+        return self._collection.take(rows)
+
+    def _held_out_rows(self, call: ScheduleCall, num_rows: int) -> Scored:
+        """One response to each held-out prompt, the same noise at every evaluation."""
+        count = num_rows * self.parallel.dp.size
+        prompts = self.eval_prompts.draw(self._evaluations * count, count, self.parallel.dp.rank, self.parallel.dp.size)
+        return self._sample(call, prompts, 1, step=0, seed=int(self.args.seed) + EVAL_SEED_OFFSET)
+
+    def _sample(self, call: ScheduleCall, prompts: list[Prompt], group_size: int, *, step: int, seed: int) -> Scored:
+        rollouts = self.sampler.sample(call.model, prompts, group_size, step=step, seed=seed)
+        self._clock.lap("rollout")
+        rewards = self._score(rollouts)
+        self._clock.lap("reward")
+        return Scored(rollouts, rewards)
 
     def _score(self, rollouts: RolloutBatch) -> Tensor | None:
         """Rewards [b]. Scored once per replica, on the last stage, which is the only one to need it."""
         if not self.parallel.is_last_stage:
             return None
-        tp, device = self.parallel.tp, rollouts.tokens.device
-        if tp.rank == 0:
+        axes = (self.parallel.cp, self.parallel.tp)
+        if all(axis.rank == 0 for axis in axes):
             rewards = self.rubric.score(rollouts).rewards
         else:
-            rewards = torch.empty(len(rollouts.prompts), device=device)
-        if tp.size > 1:
-            dist.broadcast(rewards, group=tp.group, group_src=0)
+            rewards = torch.empty(len(rollouts.prompts), device=rollouts.tokens.device)
+        for axis in axes:  # along the first axis among those that are first of the second, then along that
+            if axis.size > 1:
+                dist.broadcast(rewards, group=axis.group, group_src=0)
         return rewards
 
-    def _credit(self, rollouts: RolloutBatch, rewards: Tensor | None) -> CreditFor:
-        if rewards is None:
+    def _credit(self, call: ScheduleCall, scored: Scored) -> CreditFor:
+        if call.forward_only or scored.rewards is None:
             return self._no_credit
-        config = self.config
-        advantages = reward_advantages(rewards, rollouts.group_id, config.baseline)
-
-        def credit_for(rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
-            return make_weigh(
-                reward_advantage=advantages[rows],
-                row_of_token=sequence,
-                position_of_token=column,
-                num_positions=rollouts.tokens.shape[1],
-                discount=config.discount,
-                future_cost=config.future_cost,
-                reward_weight=config.reward_weight,
-                imitation_weight=config.imitation_weight,
-                group_id=rollouts.group_id[rows] if config.cost_baseline == "group" else None,
-            )
-
-        return credit_for
+        return self.credit.credit_for(scored, step=int(self.args.curr_iteration), metrics=self.forward_step.metrics)
 
     def _no_credit(self, rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
         """An evaluation, or a stage without a loss: imitation alone, so that the loss reads as the KL."""
@@ -230,13 +294,17 @@ class OnlineLoop:
         metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float())
         prompt_lengths = torch.tensor([float(len(prompt.token_ids)) for prompt in rollouts.prompts])
         metrics.mean("prompt_length/mean", prompt_lengths)
-        metrics.sum("perf/total_num_tokens", float(lengths.sum()) + float(prompt_lengths.sum()))
+        counted = float(lengths.sum()) + float(prompt_lengths.sum())
+        metrics.sum("perf/total_num_tokens", counted if self.parallel.cp.rank == 0 else 0.0)
 
     def _sample_rows(self) -> list[Sample]:
         """The responses of this replica's first micro-batches, with the KL of each of their tokens."""
         assert self._collected is not None and self.forward_step.token_kl is not None
-        rollouts, rewards, batches = self._collected
+        (scored, batches) = self._collected
+        rollouts, rewards = scored.rollouts, scored.rewards
         assert rewards is not None
+        # Context-parallel ranks each know the KL of some tokens of a response.
+        shows_kl = self.teacher is not None and self.parallel.cp.size == 1
         rows: list[Sample] = []
         for batch, token_kl in zip(batches, self.forward_step.token_kl, strict=True):
             if len(rows) >= SHOWN_SAMPLES:
@@ -250,8 +318,8 @@ class OnlineLoop:
                         response=rollouts.responses[row],
                         answer=prompt.answer,
                         reward=float(rewards[row]),
-                        kl_per_token=tuple(token_kl[of_row].tolist()) if self.teacher is not None else (),
-                        tokens=tuple(self.sampler.decode([i]) for i in batch.targets[of_row].tolist()),
+                        kl_per_token=tuple(token_kl[of_row].tolist()) if shows_kl else (),
+                        tokens=tuple(self.sampler.decode([i]) for i in _response_ids(rollouts, row)),
                         task=prompt.task,
                         truncated=rollouts.truncated[row],
                     )
@@ -265,6 +333,15 @@ class OnlineLoop:
         evaluate = borrow("megatron.training.training", "evaluate_and_print_results")
         config = borrow("megatron.core.utils", "get_model_config")(call.model[0])
         evaluate("iteration 0", self.forward_step, None, call.model, 0, None, config)
+
+
+def _copy_folder(checkpoints: str, iteration: int) -> Path:
+    """Where the student's copy of a checkpoint lies: beside Megatron's own folders, which it may not share."""
+    return Path(checkpoints) / "hybrid_teacher" / f"iter_{iteration:07d}"
+
+
+def _response_ids(rollouts: RolloutBatch, row: int) -> list[int]:
+    return [int(i) for i in rollouts.tokens[row][rollouts.response_mask[row]].tolist()]
 
 
 class _Clock:
@@ -289,6 +366,7 @@ def _finish(values: dict[str, float]) -> dict[str, float]:
         for name in ("rollout", "reward", "teacher", "update")
         if f"timing_s/{name}" in values
     ]
+    finish_metrics(values)
     values["timing_s/step"] = sum(stages)
     values["perf/throughput"] = values["perf/total_num_tokens"] / max(sum(stages), 1e-9)
     return values

@@ -9,37 +9,27 @@ process groups are made when it asks for its data, which is after the model and 
 from __future__ import annotations
 
 import inspect
-import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.config import HybridConfig, OnlineConfig, as_dict
-from megatron_hybrid.errors import ConfigError, DataError
+from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.symbols import borrow, check_megatron
-from megatron_hybrid.prompts.sources import open_sources
-from megatron_hybrid.prompts.stream import PromptStream
-from megatron_hybrid.prompts.template import PromptTemplate
-from megatron_hybrid.rewards.by_source import default_rubric
-from megatron_hybrid.rewards.rubric import Rubric
+from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.schedule.forward_step import HybridForwardStep, Runtime
 from megatron_hybrid.schedule.inject import injected
 from megatron_hybrid.schedule.layout import SequenceLayout
-from megatron_hybrid.train import journal
-from megatron_hybrid.train.loop import OnlineLoop
+from megatron_hybrid.teachers.base import Teacher
+from megatron_hybrid.teachers.spec import SELF
+from megatron_hybrid.train.loop import OnlineLoop, Teachers
+from megatron_hybrid.train.prepare import Prepared, prepare
 from megatron_hybrid.train.report import RunReport
-
-logger = logging.getLogger(__name__)
-
-_PROBED_QUESTIONS = 256
-"""Questions of an endless source looked at to learn its tasks: sources mix their tasks evenly."""
 
 
 def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
@@ -107,147 +97,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What can be known before Megatron starts."""
-
-    config: HybridConfig
-    online: OnlineConfig
-    tokenizer: Any
-    prompts: PromptStream
-    eval_prompts: PromptStream
-    rubric: Rubric
-    tasks: tuple[str, ...]
-    teacher_args: dict[str, Any] | None
-
-
-def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
-    """Opens prompts, tokenizer and the teacher's arguments, and holds them against each other.
-
-    Raises:
-        ConfigError, DataError: see the messages; nothing has been built or written.
-    """
-    per_replica = args.global_batch_size // args.data_parallel_size
-    if per_replica % config.group_size:
-        raise ConfigError(
-            f"--global-batch-size {args.global_batch_size} over {args.data_parallel_size} data-parallel replicas is "
-            f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not "
-            "be split. Change one of the three."
-        )
-    has_future_cost = config.imitation_weight > 0 and config.discount > 0
-    if has_future_cost and config.cost_baseline == "group" and args.micro_batch_size % config.group_size:
-        raise ConfigError(
-            f"cost_baseline 'group' compares the responses to one prompt at the same position, for which a micro-batch "
-            f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. "
-            "Use a multiple of group_size, or --hybrid-cost-baseline none."
-        )
-    room = args.seq_length - online.max_response_length
-    if room < 1:
-        raise ConfigError(
-            f"--seq-length {args.seq_length} leaves no room to answer: responses may have "
-            f"{online.max_response_length} tokens (--hybrid-max-response-length), which leaves {room} for the prompt. "
-            "Raise one or lower the other."
-        )
-    if config.imitation_weight > 0 and online.teacher_load is None and not has_teacher:
-        raise ConfigError(
-            f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
-            "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
-        )
-    tokenizer = _load_tokenizer(args)
-    teacher_args = _teacher_args(online.teacher_load, tokenizer) if online.teacher_load else None
-
-    num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
-    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
-    if held_out is None:
-        if num_eval:
-            raise ConfigError(
-                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
-                "--hybrid-eval-prompts another file, or set --eval-iters 0."
-            )
-        held_out = training
-    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt)
-    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=room) for s in (training, held_out)]
-    _open_run_dir(online.run_dir)
-    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
-    return Prepared(
-        config=config,
-        online=online,
-        tokenizer=tokenizer,
-        prompts=streams[0],
-        eval_prompts=streams[1],
-        rubric=default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward),
-        tasks=tuple(sorted(tasks)),
-        teacher_args=teacher_args,
-    )
-
-
-def _load_tokenizer(args: Namespace) -> Any:
-    if args.tokenizer_type != "HuggingFaceTokenizer":
-        raise ConfigError(
-            f"--tokenizer-type is {args.tokenizer_type}: online prompts need a chat template and an end-of-sequence "
-            "token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
-        )
-    tokenizer = _read_tokenizer(args.tokenizer_model)
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"the tokenizer in {args.tokenizer_model} has no end-of-sequence token: a response could never end. Set "
-            "eos_token in its tokenizer_config.json."
-        )
-    return tokenizer
-
-
-def _read_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"no tokenizer can be read from {folder!r}: {error}. Give the folder of a Hugging Face tokenizer."
-        ) from error
-
-
-def _open_run_dir(folder: str) -> None:
-    """A folder that cannot be written, or whose journal is broken, must not be found out after the model is built."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder!r} cannot be made: {error}. Give another --hybrid-run-dir."
-        ) from error
-    journal.read(Path(folder) / "metrics.jsonl")
-
-
-def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
-    """The teacher's stored arguments, once its token ids are known to mean what the student's mean."""
-    from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
-
-    stored = load_megatron_args(checkpoint)
-    theirs = stored.get("hybrid_tokenizer_fingerprint")
-    if theirs is None and stored.get("tokenizer_type") == "HuggingFaceTokenizer":
-        theirs = tokenizer_fingerprint(_read_tokenizer(stored["tokenizer_model"]))
-    if theirs is not None and theirs != tokenizer_fingerprint(tokenizer):
-        raise DataError(
-            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}): the same "
-            "id means different tokens, so imitation would teach noise. Use a teacher with the student's tokenizer."
-        )
-    rows = stored.get("vocab_size")
-    # A head may have more rows than the tokenizer has tokens; that they mean the same is known from the fingerprint.
-    if rows is not None and (rows < len(tokenizer) or (rows > len(tokenizer) and theirs is None)):
-        raise DataError(
-            f"the teacher in {checkpoint} has a vocabulary of {rows} tokens, the student's tokenizer {len(tokenizer)}: "
-            "their distributions cannot be compared token by token. Use a teacher with the student's tokenizer."
-        )
-    if theirs is None:
-        logger.warning(
-            "the teacher in %s names no tokenizer that can be read (type %s): that its token ids mean what the "
-            "student's mean is taken on trust",
-            checkpoint,
-            stored.get("tokenizer_type"),
-        )
-    return stored
-
-
 class _Provider:
     """What Megatron calls a dataset provider: asked once per model chunk, after the model is built."""
 
@@ -282,14 +131,9 @@ def _provider(stack: ExitStack, prepared: Prepared, args: Namespace, forward_ste
 def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> OnlineLoop:
     from megatron_hybrid.mcore.groups import parallel_context
     from megatron_hybrid.rollouts.generate import Sampler
-    from megatron_hybrid.teachers.frozen import FrozenTeacher
 
     config, online, tokenizer = prepared.config, prepared.online, prepared.tokenizer
     parallel = parallel_context()
-    teacher = forward_step.teacher
-    if teacher is None and prepared.teacher_args is not None:
-        assert online.teacher_load is not None
-        teacher = FrozenTeacher.load(online.teacher_load, prepared.teacher_args, parallel)
     sampler = Sampler(
         parallel=parallel,
         device=torch.device(torch.cuda.current_device()),  # Megatron's own idiom; the CPU runtime answers it too
@@ -306,17 +150,61 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         config=config,
         forward_step=forward_step,
         parallel=parallel,
-        layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
+        layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=online.pack_sequences),
         prompts=prepared.prompts,
         eval_prompts=prepared.eval_prompts,
         sampler=sampler,
         rubric=prepared.rubric,
-        teacher=teacher,
+        build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
+        saved_state=_saved_state(args),
         report=_open_report(prepared, args),
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,
     )
+
+
+def _build_teachers(
+    prepared: Prepared, forward_step: HybridForwardStep, parallel: ParallelContext, student: list[torch.nn.Module]
+) -> Teachers:
+    """The run's teacher, and the part of it that is a copy of the student."""
+    from megatron_hybrid.teachers.build import build_teacher
+    from megatron_hybrid.teachers.frozen import FrozenTeacher
+    from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+    from megatron_hybrid.teachers.topk import TopKTeacher
+
+    config, online = prepared.config, prepared.online
+    vocab_size = len(prepared.tokenizer)
+    copies: list[SnapshotTeacher] = []
+
+    def load(source: str) -> Teacher:
+        if source != SELF:
+            return FrozenTeacher.load(source, prepared.teacher_args[source], parallel)
+        copies.append(
+            SnapshotTeacher(
+                student, parallel, decay=online.teacher_ema_decay, refresh_interval=online.teacher_refresh_interval
+            )
+        )
+        return copies[0]
+
+    teacher: Teacher | None = forward_step.teacher
+    if teacher is None and prepared.teachers is not None:
+        teacher = build_teacher(
+            prepared.teachers, load, vocab_size=vocab_size, temperature=config.teacher_temperature, tp=parallel.tp
+        )
+    if teacher is not None and config.teacher_payload == "topk":
+        teacher = TopKTeacher(teacher, config.teacher_topk, vocab_size, config.teacher_temperature, parallel.tp)
+    return Teachers(teacher, copies[0] if copies else None)
+
+
+def _saved_state(args: Namespace) -> dict[str, float] | None:
+    """What the loop kept in the checkpoint that Megatron has resumed from; None at a fresh start."""
+    if args.iteration == 0:
+        return None
+    from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
+
+    stored = load_megatron_args(Path(args.load) / f"iter_{args.iteration:07d}").get("hybrid_state")
+    return {} if stored is None else dict(stored)
 
 
 def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:

@@ -95,7 +95,9 @@ def shards(model: list[Any]) -> list[Shard]:
             if isinstance(tensor, ShardedTensor) and tensor.data is not None:
                 sizes = (*[1] * tensor.prepend_axis_num, *tensor.local_shape)
                 index = tuple(slice(o, o + n) for o, n in zip(tensor.global_offset, sizes, strict=True))
-                found.append((tensor.key, tuple(tensor.global_shape), index, tensor.data.detach().reshape(sizes).clone()))
+                found.append(
+                    (tensor.key, tuple(tensor.global_shape), index, tensor.data.detach().reshape(sizes).clone())
+                )
     return found
 
 

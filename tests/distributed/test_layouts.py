@@ -32,8 +32,11 @@ def truth(rank_pool):
     return of
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("head", HEADS)
+# In the order of the table: pools of ranks are made once.
+@pytest.mark.parametrize(
+    ("layout", "head"),
+    [pytest.param(layout, head, id=f"{layout.name}, {head}") for layout in LAYOUTS for head in HEADS],
+)
 def test_every_layout_gives_the_gradient_of_float64_autograd(rank_pool, truth, layout: Layout, head: str):
     assert_same(measured(rank_pool, layout, HEADS[head], Problem()), truth(head, Problem()))
 
@@ -47,8 +50,8 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("layout", ACROSS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize("layout", ACROSS, ids=lambda layout: layout.name)
 def test_what_is_trained_on_does_not_depend_on_the_layout(rank_pool, truth, layout: Layout, problem: Problem):
     assert_same(measured(rank_pool, layout, TIED, problem), truth("tied", problem))
 

@@ -239,13 +239,13 @@ def test_a_mistake_is_found_before_a_model_is_built(rank_pool, folder, overrides
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"num_experts": 4, "expert_model_parallel_size": 2}, "--expert-model-parallel-size above 1 is not supported"),
         (
-            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-            "--sequence-parallel is on, but .*leave it off",
+            {"context_parallel_size": 2, "hybrid_teacher_hint": "The answer is {{answer}}."},
+            "--context-parallel-size is 2: a response token would lie on one rank for the student",
         ),
-        ({"context_parallel_size": 2}, "--context-parallel-size is 2, but .*use 1"),
     ],
-    ids=["sequence parallel", "context parallel"],
+    ids=["expert parallel", "hint under context parallel"],
 )
 def test_a_layout_the_hybrid_path_cannot_honour_is_refused(rank_pool, folder, overrides, message):
     # Megatron itself drops these flags in a job of one rank.

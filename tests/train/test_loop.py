@@ -15,7 +15,8 @@ from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.schedule.microbatch import microbatches
-from megatron_hybrid.train.loop import SHOWN_SAMPLES, OnlineLoop
+from megatron_hybrid.train.credit import Scored
+from megatron_hybrid.train.loop import SHOWN_SAMPLES, OnlineLoop, Teachers
 
 LENGTHS = (2, 5, 1, 3, 4, 2, 1, 5)
 BORDERS = (3, 3, 1, 1, 2, 2, 4, 4)
@@ -74,14 +75,16 @@ def loop_after_a_step(batch: RolloutBatch, size: int, *, has_teacher: bool = Tru
         eval_prompts=missing,
         sampler=Decoder(),  # type: ignore[arg-type]
         rubric=missing,
-        teacher=object() if has_teacher else None,  # type: ignore[arg-type]
+        build_teachers=missing,
         tasks=("task 0", "task 1", "task 2"),
+        saved_state=None,
         report=None,
         samples_interval=1,
         gradient_norms_interval=1,
     )
     rewards = torch.arange(len(batch.tokens)).float() / 10
-    loop._collected = (batch, rewards, batches)
+    loop._teachers = Teachers(object() if has_teacher else None, None)  # type: ignore[arg-type]
+    loop._collected = (Scored(batch, rewards), batches)
     return loop
 
 

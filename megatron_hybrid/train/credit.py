@@ -1,0 +1,110 @@
+"""From a collection's rewards to the credit of each of its tokens, with the run's settings at that step.
+
+    Scored (rollouts, rewards) -> advantages, once per collection -> `weigh` of each micro-batch, once per step
+
+The mean of earlier rewards (baseline `running_mean`) is the one thing here that a run has to remember: `state` is plain
+numbers, kept in Megatron's checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.metrics import Metrics
+from megatron_hybrid.parallel import ParallelContext
+from megatron_hybrid.records import RolloutBatch, Weigh
+from megatron_hybrid.returns.baselines import reward_advantages
+from megatron_hybrid.returns.corrections import Correction
+from megatron_hybrid.returns.reward_statistics import RunningMean
+from megatron_hybrid.returns.weights import make_weigh
+from megatron_hybrid.schedule.microbatch import CreditFor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rollouts of one replica with what became of them; rewards on the last pipeline stage only."""
+
+    rollouts: RolloutBatch
+    rewards: Tensor | None
+    """[b] fp32."""
+    advantages: Tensor | None = None
+    """[b] fp32: rewards after the baseline."""
+
+    def take(self, rows: Sequence[int]) -> Scored:
+        """These rows, in this order."""
+        index = list(rows)
+        return Scored(
+            self.rollouts.take(index),
+            None if self.rewards is None else self.rewards[index],
+            None if self.advantages is None else self.advantages[index],
+        )
+
+
+class Credit:
+    """Credit assignment of one run on one rank."""
+
+    def __init__(self, config: HybridConfig, parallel: ParallelContext) -> None:
+        self.config = config
+        self.parallel = parallel
+        self.running_mean = RunningMean(config.baseline_decay)
+
+    def collected(self, scored: Scored) -> Scored:
+        """A new collection with its advantages. Collective over data-parallel replicas where the baseline is."""
+        if scored.rewards is None:
+            return scored
+        group = self.parallel.dp.group
+        advantages = reward_advantages(
+            scored.rewards,
+            scored.rollouts.group_id,
+            self.config.baseline,
+            dp_group=group,
+            running_mean=self.running_mean.value,
+        )
+        if self.config.baseline == "running_mean":
+            self.running_mean = self.running_mean.updated(scored.rewards, dp_group=group)
+        return replace(scored, advantages=advantages)
+
+    def credit_for(self, scored: Scored, *, step: int, metrics: Metrics) -> CreditFor:
+        """The credit of the tokens of each micro-batch, at the weights and discount of this step."""
+        config, rollouts, advantages = self.config.at(step), scored.rollouts, scored.advantages
+        assert advantages is not None, "collected() comes first"
+        correction = Correction.from_config(config)
+
+        def credit_for(rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
+            return make_weigh(
+                reward_advantage=advantages[rows],
+                row_of_token=sequence,
+                position_of_token=column,
+                num_positions=rollouts.tokens.shape[1],
+                discount=config.discount,
+                future_cost=config.future_cost,
+                reward_weight=config.reward_weight,
+                imitation_weight=config.imitation_weight,
+                group_id=rollouts.group_id[rows] if config.cost_baseline == "group" else None,
+                sampled_logprobs=rollouts.sampled_logprobs[rows][sequence, column],
+                correction=correction,
+                cp_group=self.parallel.cp.group,
+                metrics=metrics,
+            )
+
+        return credit_for
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps; equal on every rank. Collective over pipeline stages: the last one knows."""
+        state = self.running_mean.state()
+        pp = self.parallel.pp
+        if pp.size > 1:
+            values = torch.tensor(list(state.values()), dtype=torch.float64, device=torch.cuda.current_device())
+            dist.broadcast(values, group=pp.group, group_src=pp.size - 1)
+            state = dict(zip(state, values.tolist(), strict=True))
+        return state
+
+    def load(self, state: dict[str, float]) -> None:
+        """Goes on from a checkpoint's state."""
+        self.running_mean = RunningMean.from_state(self.config.baseline_decay, state)

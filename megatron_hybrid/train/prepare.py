@@ -1,0 +1,192 @@
+"""What can be known of an online run before Megatron starts: settings, prompts, tokenizer and teachers, held against
+each other. Nothing is built, and nothing written but the empty run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
+from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.errors import ConfigError, DataError
+from megatron_hybrid.prompts.sources import open_sources
+from megatron_hybrid.prompts.stream import PromptStream
+from megatron_hybrid.prompts.template import PromptTemplate
+from megatron_hybrid.rewards.by_source import default_rubric
+from megatron_hybrid.rewards.rubric import Rubric
+from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
+from megatron_hybrid.train import journal
+
+logger = logging.getLogger(__name__)
+
+_PROBED_QUESTIONS = 256
+"""Questions of an endless source looked at to learn its tasks: sources mix their tasks evenly."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known before Megatron starts."""
+
+    config: HybridConfig
+    online: OnlineConfig
+    tokenizer: Any
+    prompts: PromptStream
+    eval_prompts: PromptStream
+    rubric: Rubric
+    tasks: tuple[str, ...]
+    teachers: TeacherSpec | None
+    teacher_args: dict[str, dict[str, Any]]
+    """Arguments stored in each teacher's checkpoint, by its path."""
+
+
+def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
+    """Opens prompts, tokenizer and the teacher's arguments, and holds them against each other.
+
+    Raises:
+        ConfigError, DataError: see the messages; nothing has been built or written.
+    """
+    per_replica = args.global_batch_size // args.data_parallel_size
+    if per_replica % config.group_size:
+        raise ConfigError(
+            f"--global-batch-size {args.global_batch_size} over {args.data_parallel_size} data-parallel replicas is "
+            f"{per_replica} responses each, which is no multiple of group_size {config.group_size}: a group must not "
+            "be split. Change one of the three."
+        )
+    if config.has_future_cost and config.cost_baseline == "group" and args.micro_batch_size % config.group_size:
+        raise ConfigError(
+            f"cost_baseline 'group' compares the responses to one prompt at the same position, for which a micro-batch "
+            f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. "
+            "Use a multiple of group_size, or --hybrid-cost-baseline none."
+        )
+    room = args.seq_length - online.max_response_length
+    if args.save and args.save_interval and args.save_interval % (config.mini_batches * config.ppo_epochs):
+        raise ConfigError(
+            f"--save-interval {args.save_interval} falls in the middle of a collection of rollouts, from which "
+            f"{config.mini_batches} mini-batches x {config.ppo_epochs} epochs of steps learn: a run resumed there "
+            "would sample it anew, from other weights. Use a multiple of their product."
+        )
+    if online.teacher_hint is not None and args.context_parallel_size > 1:
+        raise ConfigError(
+            f"the teacher reads a hint that the student does not, and --context-parallel-size is "
+            f"{args.context_parallel_size}: a response token would lie on one rank for the student and on another for "
+            "the teacher. Use --context-parallel-size 1, or no --hybrid-teacher-hint."
+        )
+    if room < 1:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} leaves no room to answer: responses may have "
+            f"{online.max_response_length} tokens (--hybrid-max-response-length), which leaves {room} for the prompt. "
+            "Raise one or lower the other."
+        )
+    if config.imitates and online.teacher_load is None and not has_teacher:
+        raise ConfigError(
+            f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
+            "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
+        )
+    teachers = parse_teachers(online.teacher_load) if online.teacher_load else None
+    tokenizer = _load_tokenizer(args)
+    teacher_args = (
+        {path: _teacher_args(path, tokenizer) for path in teachers.sources if path != SELF} if teachers else {}
+    )
+
+    num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
+    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
+    if held_out is None:
+        if num_eval:
+            raise ConfigError(
+                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
+                "--hybrid-eval-prompts another file, or set --eval-iters 0."
+            )
+        held_out = training
+    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
+    # With a hint in front the teacher may read more than --seq-length, but not beyond its positions.
+    longest = args.max_position_embeddings - online.max_response_length
+    streams = [
+        PromptStream(s, template, seed=args.seed, max_prompt_length=room, max_teacher_prompt_length=longest)
+        for s in (training, held_out)
+    ]
+    _open_run_dir(online.run_dir)
+    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
+    if teachers is not None:
+        teachers.check_tasks(tasks)
+    return Prepared(
+        config=config,
+        online=online,
+        tokenizer=tokenizer,
+        prompts=streams[0],
+        eval_prompts=streams[1],
+        rubric=default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward),
+        tasks=tuple(sorted(tasks)),
+        teachers=teachers,
+        teacher_args=teacher_args,
+    )
+
+
+def _load_tokenizer(args: Namespace) -> Any:
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        raise ConfigError(
+            f"--tokenizer-type is {args.tokenizer_type}: online prompts need a chat template and an end-of-sequence "
+            "token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
+        )
+    tokenizer = _read_tokenizer(args.tokenizer_model)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer in {args.tokenizer_model} has no end-of-sequence token: a response could never end. Set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _read_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no tokenizer can be read from {folder!r}: {error}. Give the folder of a Hugging Face tokenizer."
+        ) from error
+
+
+def _open_run_dir(folder: str) -> None:
+    """A folder that cannot be written, or whose journal is broken, must not be found out after the model is built."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder!r} cannot be made: {error}. Give another --hybrid-run-dir."
+        ) from error
+    journal.read(Path(folder) / "metrics.jsonl")
+
+
+def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
+    """The teacher's stored arguments, once its token ids are known to mean what the student's mean."""
+    from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
+
+    stored = load_megatron_args(checkpoint)
+    theirs = stored.get("hybrid_tokenizer_fingerprint")
+    if theirs is None and stored.get("tokenizer_type") == "HuggingFaceTokenizer":
+        theirs = tokenizer_fingerprint(_read_tokenizer(stored["tokenizer_model"]))
+    if theirs is not None and theirs != tokenizer_fingerprint(tokenizer):
+        raise DataError(
+            f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}): the same "
+            "id means different tokens, so imitation would teach noise. Use a teacher with the student's tokenizer."
+        )
+    rows = stored.get("vocab_size")
+    # A head may have more rows than the tokenizer has tokens; that they mean the same is known from the fingerprint.
+    if rows is not None and (rows < len(tokenizer) or (rows > len(tokenizer) and theirs is None)):
+        raise DataError(
+            f"the teacher in {checkpoint} has a vocabulary of {rows} tokens, the student's tokenizer {len(tokenizer)}: "
+            "their distributions cannot be compared token by token. Use a teacher with the student's tokenizer."
+        )
+    if theirs is None:
+        logger.warning(
+            "the teacher in %s names no tokenizer that can be read (type %s): that its token ids mean what the "
+            "student's mean is taken on trust",
+            checkpoint,
+            stored.get("tokenizer_type"),
+        )
+    return stored
