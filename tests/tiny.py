@@ -91,12 +91,13 @@ def start(args: Namespace, *, ddp: bool = False) -> list[Any]:
 
 
 def build(args: Namespace, *, ddp: bool = False) -> list[Any]:
-    """A model of the job's arguments; Megatron must have started."""
+    """A model of the job's arguments: HybridModel under `hybrid_layer_pattern="*-*-"` (with `num_layers=None`; "|"
+    between pipeline stages), GPTModel else. Megatron must have started."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
     from megatron.training.training import get_megatron_ddp_config
 
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args) if args.hybrid_layer_pattern else gpt_config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     settings = {"ddp_config": get_megatron_ddp_config(args)} if ddp else {}
     return list(config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=ddp, **settings))
