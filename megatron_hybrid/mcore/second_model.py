@@ -40,7 +40,7 @@ Chunks = list[torch.nn.Module]
 """A model as one rank of a pipeline holds it: one module per virtual stage."""
 
 # What a checkpoint's arguments say about the function that the model computes; everything else (layout, precision,
-# kernels) is the job's.
+# kernels) is the job's. One kernel is here: Megatron's fused GELU is the tanh approximation, the plain one is exact.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
     "kv_channels", "max_position_embeddings", "untie_embeddings_and_output_weights", "spec",
@@ -51,7 +51,7 @@ ARCHITECTURE = (
     "yarn_beta_slow", "yarn_correction_range_round_to_int",
     # norms, activations, biases, scales
     "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
-    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "quick_geglu", "glu_linear_offset",
+    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "quick_geglu", "bias_gelu_fusion", "glu_linear_offset",
     "activation_func_clamp_value", "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult",
     "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power",
     # attention
@@ -94,6 +94,7 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
     for name in ARCHITECTURE:
         known = [key for key in (name, _OLDER_NAMES.get(name, name)) if key in checkpoint_args]
         setattr(merged, name, checkpoint_args[known[0]] if known else parser.get_default(name))
+    merged.bias_gelu_fusion &= merged.add_bias_linear  # as Megatron does when it parses them
     if any(checkpoint_args.get(f"heterogeneous_layers_config_{kind}") for kind in ("path", "encoded_json")):
         raise ConfigError(
             "the layers of the teacher differ by a configuration file (--heterogeneous-layers-config-path), which is "
