@@ -20,14 +20,10 @@ Shard = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 
 def gradient(overrides: dict[str, Any], problem: Problem, packed: bool = False) -> dict[str, Any]:
     """This rank's shards, and what the schedule reported (last stage)."""
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.utils import get_model_config
-
     from megatron_hybrid.mcore.groups import parallel_context
-    from megatron_hybrid.mcore.training import get_forward_backward_func
     from megatron_hybrid.returns.baselines import reward_advantages
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
-    from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
+    from megatron_hybrid.schedule.layout import SequenceLayout
     from megatron_hybrid.schedule.microbatch import microbatches
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.train.credit import Credit, Scored
@@ -58,25 +54,35 @@ def gradient(overrides: dict[str, Any], problem: Problem, packed: bool = False) 
         payloads = FrozenTeacher(teacher_model, parallel).annotate(batches)
         batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
 
-        config = get_model_config(model[0])
-        config.finalize_model_grads_func = finalize_model_grads
-        for chunk in model:
-            chunk.zero_grad_buffer()
-            # With the distributed optimizer each replica keeps a part of the gradient; here all of it is compared.
-            chunk.force_all_reduce = True
-        iterators = [iter(batches) for _ in model]
-        micro_batch_size, seq_length = schedule_shape([b.student for b in batches], parallel.cp.size)
-        reports = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=model if len(model) > 1 else model[0],
-            num_microbatches=len(batches),
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=False,
-            force_all_reduce=True,
-        )
+        reports = run_schedule(model, step, batches, parallel)
         return {"shards": shards(model), "reports": reports}
+
+
+def run_schedule(model: list[Any], step: Any, batches: list[Any], parallel: Any) -> Any:
+    """Megatron's own step around these micro-batches; leaves the finalized gradient in the model's buffers."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.utils import get_model_config
+
+    from megatron_hybrid.mcore.training import get_forward_backward_func
+    from megatron_hybrid.schedule.layout import schedule_shape
+
+    get_model_config(model[0]).finalize_model_grads_func = finalize_model_grads
+    for chunk in model:
+        chunk.zero_grad_buffer()
+        # With the distributed optimizer each replica keeps a part of the gradient; here all of it is compared.
+        chunk.force_all_reduce = True
+    iterators = [iter(batches) for _ in model]
+    micro_batch_size, seq_length = schedule_shape([b.student for b in batches], parallel.cp.size)
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+        force_all_reduce=True,
+    )
 
 
 def shards(model: list[Any]) -> list[Shard]:
@@ -101,7 +107,7 @@ def shards(model: list[Any]) -> list[Shard]:
     return found
 
 
-def whole(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def whole(ranks: list[dict[str, Any]], vocab_size: int = VOCAB) -> dict[str, torch.Tensor]:
     """Shards of all ranks put together, float64; rows of the vocabulary's padding cut off."""
     tensors: dict[str, torch.Tensor] = {}
     for rank in ranks:
@@ -110,8 +116,8 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             tensor[index] = data.double()
     for key, tensor in tensors.items():
         if "word_embeddings" in key or "output_layer" in key:
-            assert tensor[VOCAB:].abs().sum() == 0, "padding must have no gradient"
-            tensors[key] = tensor[:VOCAB]
+            assert tensor[vocab_size:].abs().sum() == 0, "padding must have no gradient"
+            tensors[key] = tensor[:vocab_size]
     return tensors
 
 
