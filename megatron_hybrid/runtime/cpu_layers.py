@@ -7,6 +7,7 @@ runs the original code, bit for bit.
     norm        the same torch norm, its parameters marked: Megatron then sums their gradients over tp
     attention   local q [s/cp, b, heads, d], k and v gathered over context-parallel ranks, softmax over the positions
                 before: the same numbers as one rank's, in plain torch, with a [s/cp, s] matrix per head
+    experts     the all-to-all of expert parallelism is told its sizes as on a GPU
 
 Collectives: for each of k and v one all-gather over cp, and one reduce-scatter in backward.
 Declined with a sentence: sliding windows, softmax offsets, attention dropout, biases, masks that are not causal.
@@ -27,16 +28,23 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError, ShapeError
 
 
-def stand_ins() -> list[tuple[type, str, Any]]:
-    """(class, attribute, value) of Megatron's norm and attention as they run on the CPU."""
+def stand_ins() -> list[tuple[Any, str, Any]]:
+    """(class or module, attribute, value) of Megatron's layers as they run on the CPU."""
     norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     return [
         # A static method it is, as Python makes every `__new__` one.
         (norm, "__new__", staticmethod(_marked_norm(norm.__new__))),
         (attention, "__init__", _attention_init(attention.__init__)),
         (attention, "forward", _attention_forward(attention.forward)),
+        (dispatcher, "maybe_move_tensor_to_cpu", _as_moved),
     ]
+
+
+def _as_moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What expert parallelism fetches from the GPU to tell its all-to-all the sizes: left a tensor where it is not."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _marked_norm(build: Callable[..., Any]) -> Callable[..., Any]:

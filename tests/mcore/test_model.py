@@ -30,7 +30,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return tokens, rows, torch.randn(len(rows), VOCAB, generator=generator)
 
 
-def step(overrides: dict[str, Any], through: str) -> dict[str, Any]:
+def step(overrides: dict[str, Any], through: str = "processor") -> dict[str, Any]:
     """Logits [n, v/tp] of the rows and shards of the finalized gradient of their weighted sum.
 
     through  "processor": the seam; "model": the model's own logits of all positions, and autograd
