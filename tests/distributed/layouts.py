@@ -5,7 +5,9 @@ python -m tests.distributed.layouts        prints it with the errors measured no
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +65,7 @@ def measured(pools: Callable[..., Any], layout: Layout, head: dict[str, Any], pr
     """The whole gradient of a problem on a layout."""
     from tests.distributed.gradient import gradient, whole
 
-    ranks = pools(layout.num_ranks, init=False).run(gradient, head | layout.flags, problem, layout.packed)
+    ranks = pools(layout.num_ranks, init=False).run(quietly, gradient, head | layout.flags, problem, layout.packed)
     return whole(ranks)
 
 
@@ -72,7 +74,14 @@ def expected(pools: Callable[..., Any], head: dict[str, Any], problem: Problem) 
     from tests.distributed.gradient import whole
     from tests.distributed.problem import reference
 
-    return whole(pools(1, init=False).run(reference, head, problem))
+    return whole(pools(1, init=False).run(quietly, reference, head, problem))
+
+
+def quietly(job: Callable[..., Any], *args: Any) -> Any:
+    """A job without Megatron's log."""
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    return job(*args)
 
 
 def main() -> None:
