@@ -101,7 +101,7 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
             "the job's in Megatron, not the model's: such a teacher cannot be built beside a student. Use another one."
         )
     _check_positions(merged)
-    _check_stages(merged, args.num_layers)
+    _cut_into_stages(merged, args.num_layers)
     return merged
 
 
@@ -113,17 +113,24 @@ def _check_positions(merged: Namespace) -> None:
         )
 
 
-def _check_stages(merged: Namespace, student_layers: int) -> None:
-    if merged.num_layers == student_layers:
-        return  # cut as the student, by hand or not
+def _cut_into_stages(merged: Namespace, student_layers: int) -> None:
+    """The teacher's layers on the job's stages: cut as the student where they are as many, else evenly."""
+    pattern = merged.hybrid_layer_pattern
+    if merged.num_layers == student_layers and pattern is None:
+        return
     for name, off in _STAGES_BY_HAND.items():
         setattr(merged, name, off)
     stages = merged.pipeline_model_parallel_size * (merged.virtual_pipeline_model_parallel_size or 1)
-    if merged.num_layers % stages:
+    per_stage, rest = divmod(merged.num_layers, stages)
+    if rest:
         raise ConfigError(
             f"the teacher has {merged.num_layers} layers, which {stages} pipeline stages (PP x VPP) cannot share "
             "evenly. Choose stages that divide the layers of student and teacher."
         )
+    if pattern is not None:  # its "|" are stages of the job that saved it; behind "/" are layers of MTP heads
+        layers = pattern.partition("/")[0].replace("|", "")
+        assert len(layers) == merged.num_layers, (pattern, merged.num_layers)
+        merged.hybrid_layer_pattern = "|".join(layers[i : i + per_stage] for i in range(0, len(layers), per_stage))
 
 
 def build_frozen_model(checkpoint: str, checkpoint_args: Mapping[str, Any]) -> Chunks:

@@ -116,3 +116,11 @@ def test_stages_cut_by_hand_are_the_students_and_serve_a_teacher_of_its_depth_on
 def test_a_teacher_that_cannot_be_built_beside_the_student_is_refused(checkpoint, message):
     with pytest.raises(ConfigError, match=message):
         frozen_args(job(), TEACHER | checkpoint)
+
+
+@pytest.mark.parametrize("pattern", ["*-*-*-", "*|-*-*-", "*-*-*-/*-"])
+def test_the_pattern_of_a_hybrid_teacher_is_cut_for_this_jobs_stages(pattern):
+    teacher = TEACHER | {"hybrid_layer_pattern": pattern}
+    assert frozen_args(job(), teacher).hybrid_layer_pattern == "*-*-*-"
+    assert frozen_args(job(pipeline_model_parallel_size=3), teacher).hybrid_layer_pattern == "*-|*-|*-"
+    assert frozen_args(job(num_layers=6, pipeline_model_parallel_size=2), teacher).hybrid_layer_pattern == "*-*|-*-"

@@ -31,6 +31,11 @@ SHAPES = {
         "position_embedding_type": "learned_absolute",
     },
     "experts": {"num_experts": 4, "moe_router_topk": 2, "moe_layer_freq": "[0,1,0,1]"},
+    "attention and MLP layers of a HybridModel": {
+        "num_layers": None,
+        "hybrid_layer_pattern": "*-*-",
+        "hidden_size": 48,
+    },
 }
 """The student is `tests.tiny.TINY`, tied, padded to what TP needs."""
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
