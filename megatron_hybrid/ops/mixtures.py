@@ -35,12 +35,13 @@ def shard_sums(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture, n
     numbers  [n, 5] fp32, as `NUM_COLUMN_NUMBERS` says
     """
     sums = torch.zeros((len(call.target), 2), dtype=torch.float32, device=student.device)
+    forbidden = -eager.FAR / 2 * min(1.0, call.shard.student_scale)  # the stand-in of -inf is divided by T, too
     blocks = eager.row_blocks(len(call.target), call.shard.width, student)
     buffers = eager.block_buffers(3, blocks, call.shard.width, student)
     for start, stop in blocks:
         p, q, u = columns(buffers, student, teacher, call, start, stop, numbers)
         sums[start:stop, 1] = weighted_slope(p, q, u, mixture).sum(-1)
-        u = torch.where(u <= -eager.FAR / 2, -torch.inf, u)  # a token that the student forbids, see `columns`
+        u = torch.where(u <= forbidden, -torch.inf, u)
         terms = mixture.slope * _difference(p, q, u)
         for share, weight, from_m in (
             (p, mixture.student_term, log_of_mixture(u, mixture.teacher_share, mixture.student_share)),
@@ -75,7 +76,7 @@ def columns(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p, q and u = log p - log q of the counted rows [start:stop], [r, width] each, in three buffers.
 
-    u is finite: +-1e20 stands for infinities, where p or q is exactly 0.
+    u is finite: numbers of about +-1e20 stand for infinities, where p or q is exactly 0.
     """
     p, u, q = (buffer[: stop - start] for buffer in buffers)
     m_z, m_w, offset, s_z, s_w = numbers[start:stop].split(1, dim=-1)

@@ -163,10 +163,12 @@ def test_infinite_forward_kl_is_reported_and_has_no_dense_gradient():
     assert out.loss.isfinite().all(), "a weight of 0 drops the infinite term"
 
 
-def test_infinite_forward_kl_of_a_tiny_mass_is_still_infinite():
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 2.5, 1e6])
+def test_infinite_forward_kl_of_a_tiny_mass_is_still_infinite_at_any_temperature(temperature):
     student, teacher, target, _ = problem()
     student.data[0, 3], teacher[0, 3] = -INF, -80.0  # the teacher's probability is 1e-36
-    assert gradient(student, teacher, target, divergence="forward_kl")[0].divergence[0] == INF
+    out, _ = gradient(student, teacher, target, divergence="forward_kl", student_temperature=temperature)
+    assert out.divergence[0] == INF and out.divergence[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("lowest", [-INF, torch.finfo(torch.float32).min, -1e4])
@@ -195,6 +197,18 @@ def test_forbidden_tokens_leave_value_and_gradient_finite_and_true(divergence, w
     torch.testing.assert_close(grad.double(), expected.gradient, rtol=1e-5, atol=1e-6)
     if who != "teacher":
         assert grad[:, 20:].eq(0).all()
+
+
+@pytest.mark.parametrize(("divergence", "who"), [("skewed_kl", 0), ("skewed_reverse_kl", 1)])
+def test_a_share_that_fp32_cannot_tell_from_one_still_bounds_the_divergence(divergence, who):
+    tensors = problem()
+    tensors[who].data[:, 5] = -INF
+    student, teacher, target, _ = tensors
+    options = {"divergence": divergence, "divergence_mix": 1e-9}
+    out, grad = gradient(student, teacher, torch.zeros_like(target), **options)
+    expected = reference_hybrid_loss(student.detach(), teacher, torch.zeros_like(target), **options)
+    torch.testing.assert_close(out.divergence.double(), expected.divergence, rtol=1e-5, atol=1e-6)  # fp32
+    torch.testing.assert_close(grad.double(), expected.gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("who", [0, 1])
