@@ -1,7 +1,12 @@
 """From micro-batches to what the op needs of the teacher.
 
-    list[HybridMicrobatch] ──► base.py (Teacher) : frozen.py ──► HiddenPayload for each, on the last stage
+    list[HybridMicrobatch] ──► base.py (Teacher) ──► a payload for each, on the last stage
 
-A payload is hidden states and the teacher's own head: logits [n, v/tp] exist only while the op reads them. A teacher of
-one's own is an object with `annotate`, passed as `HybridForwardStep(teacher=...)`.
+    spec.py      the setting `teacher_load` as a record        build.py     the teacher that it asks for
+    frozen.py    a model of any shape from its checkpoint      snapshot.py  a copy of the student, fixed or averaged
+    tasks.py     a teacher for each task                       mixture.py   several teachers as one distribution
+    topk.py      the most likely tokens of another teacher
+
+Payloads of whole distributions are hidden states and the teachers' own heads: logits [n, v/tp] exist only while somebody
+reads them. A teacher of one's own is an object with `annotate`, passed as `HybridForwardStep(teacher=...)`.
 """

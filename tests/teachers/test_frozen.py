@@ -94,3 +94,33 @@ def test_a_hint_changes_what_the_teacher_says_of_those_rows_only(saved):
         plain, hinted = said[:4], said[4:]
         for row in range(4):
             assert ((plain[row] - hinted[row]).abs().max() > 0.1) == (row % 2 == 1)
+
+
+def annotate_by_task(overrides: dict[str, Any], maths: str, code: str) -> Any:
+    """What two teachers of a task each say where the second has one sequence in one micro-batch."""
+    from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
+    from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.teachers.build import build_teacher
+    from megatron_hybrid.teachers.frozen import FrozenTeacher
+    from megatron_hybrid.teachers.spec import parse_teachers
+    from tests.tiny import megatron, start
+
+    with megatron(**overrides) as args:
+        start(args, ddp=True)
+        parallel = parallel_context()
+        teacher = build_teacher(
+            parse_teachers(f"code={code},*={maths}"),
+            lambda folder: FrozenTeacher.load(folder, load_megatron_args(folder), parallel),
+            vocab_size=61,
+            temperature=1.0,
+            tp=parallel.tp,
+        )
+        batches = micro_batches(rollouts(tasks=("maths", "maths", "code", "chess")), parallel, args)
+        return logits_by_row(batches, teacher.annotate(batches), parallel.tp)
+
+
+@pytest.mark.parametrize("layout", [INTERLEAVED, {"tensor_model_parallel_size": 2}], ids=["PP 2 interleaved", "TP 2"])
+def test_teachers_of_different_width_answer_their_own_tasks(rank_pool, saved, layout):
+    (maths, of_maths), (code, of_code), *_ = saved.values()
+    ranks = rank_pool(2, init=False).run(annotate_by_task, layout, maths, code)
+    assert_rows(ranks, [of_maths[0], of_maths[1], of_code[2], of_maths[3]])
