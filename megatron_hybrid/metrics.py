@@ -35,6 +35,10 @@ MEANINGS = {
     "actor/grad_norm_dense": "root mean square over response tokens of the imitation part's norm in logits",
     "actor/grad_norm_sparse": "root mean square over response tokens of the policy part's norm in logits",
     "actor/lr": "learning rate",
+    "actor/distillation/loss": "the divergence that is minimised in the place of the reverse KL, nats per response token",
+    "actor/reward_weight": "lambda at this step",
+    "actor/imitation_weight": "beta at this step",
+    "actor/discount": "gamma at this step",
     "critic/score": "reward as the rubric gave it, per response (/mean, /max, /min, and /<task>)",
     "critic/rewards": "reward as the objective sees it, per response (/mean, /max, /min)",
     "critic/advantages": "advantage per response token (/mean, /max, /min)",
@@ -56,6 +60,7 @@ MEANINGS = {
     "perf/throughput": "tokens per second, prompts and responses, all ranks together",
     "perf/total_num_tokens": "tokens of the step, prompts and responses",
     "perf/max_memory_allocated_gb": "peak accelerator memory, largest rank",
+    "training/policy_age": "optimizer steps since the responses were sampled",
     "training/skipped_steps": "steps whose update Megatron skipped",
     "training/infinite_kl_tokens": "response tokens that the teacher forbids, see teacher_logit_floor",
     "val/score": "held-out reward per response (and /<task>)",
@@ -190,7 +195,8 @@ class Metrics:
 
 
 def _fp64(values: Tensor | float) -> Tensor:
-    return torch.as_tensor(values).detach().double()
+    # Not as_tensor alone: it would round a Python float to fp32 first.
+    return values.detach().double() if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
 
 
 def _packed(scalars: list[Tensor], device: torch.device | str) -> Tensor:

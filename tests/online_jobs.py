@@ -76,6 +76,12 @@ def _of_the_script(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("an online run asked for the data or the loss of the script that it was put into")
 
 
+def with_teacher(folder: str | Path, name: str, **more: Any) -> dict[str, Any]:
+    """Flags of a run under the folder's teacher that reports into `name`."""
+    under = {"hybrid_discount": 0.5, "hybrid_imitation_weight": 0.1, "hybrid_teacher_load": f"{folder}/teacher"}
+    return under | {"hybrid_run_dir": f"{folder}/{name}"} | more
+
+
 def make_teacher(folder: str, overrides: dict[str, Any]) -> None:
     """A checkpoint of a random model with the student's tokenizer and another seed, saved by Megatron itself."""
     from tests.pretrain_jobs import provide, stock_forward_step

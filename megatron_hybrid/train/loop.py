@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.config import SCHEDULED, HybridConfig
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.symbols import borrow
 from megatron_hybrid.metrics import Metrics
@@ -151,6 +151,9 @@ class OnlineLoop:
         for name, value in record["loss_dict"].items():
             metrics.max(name, value)  # Megatron has reduced them
         metrics.sum("training/skipped_steps", float(record["skipped_iter"]))
+        now = self.config.at(self._step - 1)
+        for name in SCHEDULED:
+            metrics.max(f"actor/{name}", getattr(now, name))
         metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
         values = _finish(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:

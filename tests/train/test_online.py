@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.online_jobs import make_prompts, make_teacher, make_tokenizer, run, steps
+from tests.online_jobs import make_prompts, run, steps, with_teacher
 
 LAYOUTS = [
     pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP 2"),
@@ -16,24 +16,14 @@ LAYOUTS = [
         2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}, id="PP 2 interleaved"
     ),
     pytest.param(2, {}, id="DP 2"),
+    pytest.param(1, {"hybrid_pack_sequences": True}, id="packed"),
+    pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="TP 2, sequence parallel"),
+    pytest.param(2, {"context_parallel_size": 2}, id="CP 2"),
+    pytest.param(2, {"context_parallel_size": 2, "hybrid_pack_sequences": True}, id="CP 2, packed"),
+    pytest.param(2, {"pipeline_model_parallel_size": 2, "hybrid_pack_sequences": True}, id="PP 2, packed"),
 ]
-WITH_TEACHER = {"hybrid_discount": 0.5, "hybrid_imitation_weight": 0.1}
 REPORTED = ("critic/score/mean", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "response_length/mean")
 HELD_OUT = ("val/score", "val/kl", "val/entropy", "val/response_length")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, rank_pool):
-    """Tokenizer, prompts and a teacher."""
-    path = tmp_path_factory.mktemp("online")
-    make_tokenizer(path / "tokenizer")
-    make_prompts(path / "prompts.jsonl")
-    rank_pool(1, init=False).run(make_teacher, str(path), {})
-    return path
-
-
-def with_teacher(folder: Any, name: str, **more: Any) -> dict[str, Any]:
-    return WITH_TEACHER | {"hybrid_teacher_load": f"{folder}/teacher", "hybrid_run_dir": f"{folder}/{name}"} | more
 
 
 def test_the_reward_of_a_random_model_rises(rank_pool, folder):
@@ -96,7 +86,7 @@ def test_every_layout_trains_and_evaluates_alike(rank_pool, folder, size, overri
     )
     common = {"load": f"{folder}/teacher", "finetune": True, "eval_iters": 2}
     common["hybrid_eval_prompts"] = f"{folder}/questions.jsonl"
-    name = "-".join(map(str, overrides.values())) or "dp"
+    name = "-".join(f"{key}={value}" for key, value in overrides.items()) or "dp"
     if not (folder / "reference" / "metrics.jsonl").exists():
         rank_pool(1, init=False).run(run, str(folder), with_teacher(folder, "reference", **common))
     rank_pool(size, init=False).run(run, str(folder), with_teacher(folder, name, **common) | overrides)
