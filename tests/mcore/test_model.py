@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.model import head_logits, model_forward, response_hidden
 from megatron_hybrid.mcore.unsliced import unsliced
+from megatron_hybrid.runtime import cpu
 from tests.distributed.gradient import assert_same, shards, whole
 
 VOCAB = 61
@@ -290,6 +291,20 @@ def test_slicing_is_off_inside_and_as_it_was_afterwards():
         raise ArithmeticError
     assert switches(model) == before
     assert model.cp_group is model.pg_collection.cp is model.attention.cp_group
+
+
+def test_rotary_embeddings_forget_the_positions_of_the_other_mode():
+    """They remember what they computed by its length alone."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    model = Sliced()
+    model.rotary = RotaryEmbedding(4, 1.0, use_cpu_initialization=True, cp_group=model.cp_group)
+    with cpu.enabled():
+        mine = model.rotary(8)
+        with unsliced([model]):
+            everyones = model.rotary(8)
+        assert torch.equal(mine, everyones[2:6])  # rank 1 of 2 holds chunks 1 and 2 of 4
+        assert torch.equal(model.rotary(8), mine)
 
 
 def test_layers_that_share_their_weights_over_context_parallel_ranks_are_refused():

@@ -10,6 +10,12 @@ import torch
 from megatron_hybrid.records import Prompt
 
 PROMPTS = ((5, 7, 9), (11, 3), (2, 4, 6, 8, 10), (1, 1, 1))
+MOE = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "alltoall",
+}
 LAYOUTS = [
     pytest.param(1, {}, id="one rank"),
     pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP 2"),
@@ -20,6 +26,10 @@ LAYOUTS = [
     pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="TP 2 + SP"),
     pytest.param(2, {"context_parallel_size": 2}, id="CP 2"),
     pytest.param(4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}, id="PP 2 x CP 2"),
+]
+OTHER_MODELS = [
+    pytest.param(1, {"hybrid_layer_pattern": "*-*-", "num_layers": None}, id="HybridModel"),
+    pytest.param(2, MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="experts, TP 2 + SP"),
 ]
 
 
@@ -56,6 +66,8 @@ def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] =
 
         tokens = rollouts.tokens
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        for chunk in model:
+            chunk.eval()  # experts refuse to train with tp and no sequence parallelism
         with torch.no_grad(), unsliced(model):
             logits = pipeline_forward(model, tokens, positions, parallel=parallel, output_processor=all_logits)
         full = None
@@ -77,7 +89,7 @@ def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] =
         }
 
 
-@pytest.mark.parametrize(("size", "overrides"), LAYOUTS)
+@pytest.mark.parametrize(("size", "overrides"), [*LAYOUTS, *OTHER_MODELS])
 def test_cached_decoding_gives_the_log_probs_of_a_full_forward(rank_pool, size, overrides):
     last = rank_pool(size, init=False).run(job, overrides)[-1]
     mask = last["mask"]
