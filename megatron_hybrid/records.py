@@ -107,6 +107,11 @@ ALL_ROWS = slice(None)
 class LogitsPayload:
     """A teacher's whole distributions for one micro-batch; their logits exist only while somebody reads them."""
 
+    @property
+    def num_tokens(self) -> int:
+        """n: response tokens of this rank."""
+        raise NotImplementedError
+
     def logits(self, rows: slice = ALL_ROWS) -> Tensor:
         """[rows, v/tp]: this rank's shard for these of the n response tokens, no gradient; not to be written into.
 
@@ -123,6 +128,10 @@ class HiddenPayload(LogitsPayload):
     """[n, h] in the teacher's dtype: hidden states after its final norm, one row per response token."""
     logits_of: Callable[[Tensor], Tensor]
     """The teacher's own head: [n, h] to logits [n, v/tp] of this rank's shard, no gradient."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.hidden)
 
     def logits(self, rows: slice = ALL_ROWS) -> Tensor:
         return self.logits_of(self.hidden[rows])

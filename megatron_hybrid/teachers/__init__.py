@@ -7,6 +7,6 @@
     tasks.py     a teacher for each task                       mixture.py   several teachers as one distribution
     topk.py      the most likely tokens of another teacher
 
-Payloads of whole distributions are hidden states and the teachers' own heads: logits [n, v/tp] exist only while somebody
-reads them. A teacher of one's own is an object with `annotate`, passed as `HybridForwardStep(teacher=...)`.
+Payloads of whole distributions are hidden states and the teachers' own heads: logits [n, v/tp] exist only while they
+are read. A teacher of one's own is an object with `annotate`, passed as `HybridForwardStep(teacher=...)`.
 """

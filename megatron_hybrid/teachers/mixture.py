@@ -85,6 +85,10 @@ class MixturePayload(LogitsPayload):
     temperature: float
     tp: GroupView
 
+    @property
+    def num_tokens(self) -> int:
+        return self.parts[0].num_tokens
+
     @torch.no_grad()
     def logits(self, rows: slice = ALL_ROWS) -> Tensor:
         """T log q [rows, v/tp] fp32."""

@@ -77,9 +77,13 @@ class TaskPayload(LogitsPayload):
     answers: tuple[tuple[Tensor, LogitsPayload], ...]
     """Tokens [m] int64 ascending, on the CPU, and their payload; together every token once."""
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(tokens) for tokens, _ in self.answers)
+
     def logits(self, rows: slice = ALL_ROWS) -> Tensor:
         """Logits [rows, v/tp] in the tokens' order. Every part is asked, for no rows if need be: it may gather."""
-        start, stop, _ = rows.indices(sum(len(tokens) for tokens, _ in self.answers))
+        start, stop, _ = rows.indices(self.num_tokens)
         parts = []
         for tokens, payload in self.answers:
             first, last = torch.searchsorted(tokens, torch.tensor([start, stop])).tolist()

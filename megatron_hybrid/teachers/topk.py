@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_hybrid.collectives import gather_ranks
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, TopKPayload
+from megatron_hybrid.records import HybridMicrobatch, LogitsPayload, TopKPayload
 from megatron_hybrid.teachers.base import Teacher
 
 CHUNK_TOKENS = 256
@@ -42,7 +42,7 @@ class TopKTeacher:
     """Another teacher's k most likely tokens; its hidden states are dropped.
 
     Args:
-        inner: a teacher that leaves a `HiddenPayload`.
+        inner: a teacher that leaves whole distributions (`LogitsPayload`), one model or several.
         k: tokens kept.
         vocab_size: true vocabulary of the teacher's head.
         temperature: divides its logits.
@@ -61,20 +61,20 @@ class TopKTeacher:
         return [None if payload is None else self._keep(payload) for payload in self.inner.annotate(batches)]
 
     def _keep(self, payload: object) -> TopKPayload:
-        if not isinstance(payload, HiddenPayload):
+        if not isinstance(payload, LogitsPayload):
             raise ConfigError(
-                f"TopKTeacher needs a teacher that leaves a HiddenPayload, {type(self.inner).__name__} left a "
+                f"TopKTeacher needs a teacher that leaves whole distributions, {type(self.inner).__name__} left a "
                 f"{type(payload).__name__}: there are no logits to choose from. Use that teacher by itself."
             )
         parts = [
             topk_log_probs(
-                payload.logits_of(hidden),
+                payload.logits(slice(start, start + CHUNK_TOKENS)),
                 self.k,
                 vocab_size=self.vocab_size,
                 temperature=self.temperature,
                 tp=self.tp,
             )
-            for hidden in payload.hidden.split(CHUNK_TOKENS)
+            for start in range(0, max(payload.num_tokens, 1), CHUNK_TOKENS)  # no token: one empty part
         ]
         ids, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
         return TopKPayload(ids, log_probs)
