@@ -183,7 +183,7 @@ import os, sys, time
 from megatron_hybrid.runtime.spawn import RankPool
 
 def say_and_hang():
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # whole lines: both ranks write to one pipe
     time.sleep(60 if sys.argv[1] == "hang" else 0)
 
 if __name__ == "__main__":
