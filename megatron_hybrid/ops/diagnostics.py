@@ -92,7 +92,9 @@ def _mixture_part(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture
 
     def of_rows(buffers: list[Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
         p, q, u = mixtures.columns(buffers, student, teacher, call, start, stop, per_row[:, :-1])
-        return p, mixtures.weighted_slope(p, q, u, mixture).addcmul_(p, per_row[start:stop, -1:], value=-1)
+        return p, mixtures.weighted_slope(p, q, u.div_(2).tanh_(), mixture).addcmul_(
+            p, per_row[start:stop, -1:], value=-1
+        )
 
     return of_rows
 
