@@ -171,6 +171,15 @@ def test_infinite_forward_kl_of_a_tiny_mass_is_still_infinite_at_any_temperature
     assert out.divergence[0] == INF and out.divergence[1:].isfinite().all()
 
 
+def test_a_teachers_probability_that_is_zero_in_fp32_costs_nothing_where_the_student_forbids_the_token():
+    student, teacher, target, _ = problem()
+    student.data[:, 3], teacher[:, 3] = -INF, -300.0
+    expected = gradient(student, teacher.index_fill(1, torch.tensor(3), -INF), target % 3, divergence="forward_kl")
+    out, grad = gradient(student, teacher, target % 3, divergence="forward_kl")
+    assert out.divergence.isfinite().all() and torch.equal(out.divergence, expected[0].divergence)
+    assert torch.equal(grad, expected[1])
+
+
 @pytest.mark.parametrize("lowest", [-INF, torch.finfo(torch.float32).min, -1e4])
 @pytest.mark.parametrize(
     ("divergence", "who"),
