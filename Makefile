@@ -1,9 +1,9 @@
-# make run | test | test-all | check | format; each makes the environment first, which takes under a second once it is there.
+# make run | test | test-all | layouts | check | format; each makes the environment first, which takes under a second once it is there.
 # The same without make: tools/setup_env.sh, then the line under the target.
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup run test test-all check format
+.PHONY: setup run test test-all layouts check format
 
 setup:
 	@tools/setup_env.sh
@@ -16,6 +16,9 @@ test: setup
 
 test-all: setup
 	$(PYTHON) -m pytest -m ""
+
+layouts: setup
+	$(PYTHON) -m tests.distributed.layouts
 
 check: setup
 	$(PYTHON) -m ruff check .

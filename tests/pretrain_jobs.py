@@ -49,7 +49,17 @@ def get_batch(data_iterator: Any) -> tuple[Any, ...]:
     batch = next(data_iterator)
     tokens = batch["tokens"]
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1).contiguous()
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), batch["loss_mask"], None, positions
+    whole = {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": batch["loss_mask"],
+        "position_ids": positions,
+    }
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    own = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return own["tokens"], own["labels"], own["loss_mask"], None, own["position_ids"]
 
 
 def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor) -> tuple[Any, Any, dict[str, Any]]:

@@ -18,8 +18,13 @@ Shard = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 """Global name, global shape, place, part of the gradient."""
 
 
-def gradient(overrides: dict[str, Any], problem: Problem, packed: bool = False) -> dict[str, Any]:
-    """This rank's shards, and what the schedule reported (last stage)."""
+def gradient(
+    overrides: dict[str, Any], problem: Problem, packed: bool = False, *, drop_empty: bool = False
+) -> dict[str, Any]:
+    """This rank's shards, and what the schedule reported (last stage).
+
+    drop_empty  leave out the micro-batches without a response token
+    """
     from megatron_hybrid.mcore.groups import parallel_context
     from megatron_hybrid.returns.baselines import reward_advantages
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
@@ -54,6 +59,8 @@ def gradient(overrides: dict[str, Any], problem: Problem, packed: bool = False) 
         payloads = FrozenTeacher(teacher_model, parallel).annotate(batches)
         batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
 
+        if drop_empty:
+            batches = [b for b in batches if len(b.targets)]
         reports = run_schedule(model, step, batches, parallel)
         return {"shards": shards(model), "reports": reports}
 

@@ -79,8 +79,11 @@ def rollouts(problem: Problem) -> RolloutBatch:
     )
 
 
-def reference(overrides: dict[str, Any], problem: Problem, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """The gradient in `dtype`, as shards of the one rank that runs this (see `gradient.shards`)."""
+def reference(overrides: dict[str, Any], problem: Problem, bf16_weights: bool = False) -> dict[str, Any]:
+    """The gradient in float64, as shards of the one rank that runs this (see `gradient.shards`).
+
+    bf16_weights  at the weights that a bf16 model has
+    """
     from tests.distributed.gradient import shards
     from tests.tiny import build, megatron, set_weights, start
 
@@ -89,7 +92,8 @@ def reference(overrides: dict[str, Any], problem: Problem, dtype: torch.dtype = 
         set_weights([student], "student")
         (teacher,) = build(args)
         set_weights([teacher], "teacher")
-        student, teacher = (model.to(dtype) for model in (student, teacher))
+        for model in (student, teacher):
+            (model.bfloat16() if bf16_weights else model).double()
         batch, config = rollouts(problem), problem.config
         log_p, log_q = [], []
         for row, length in enumerate(problem.lengths):

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed.gradient import assert_same
-from tests.distributed.layouts import HEADS, LAYOUTS, TIED, Layout, expected, measured
+from tests.distributed.gradient import assert_same, gradient, whole
+from tests.distributed.layouts import LAYOUTS, MODELS, Layout, Model, expected, measured
 from tests.distributed.problem import Problem
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -21,24 +22,25 @@ ACROSS = [
 
 @pytest.fixture(scope="module")
 def truth(rank_pool):
-    """The reference of a head and problem, worked out once."""
+    """The reference of a model and problem, worked out once."""
     known: dict[Any, Any] = {}
 
-    def of(head: str, problem: Problem) -> dict[str, Any]:
-        if (head, problem) not in known:
-            known[head, problem] = expected(rank_pool, HEADS[head], problem)
-        return known[head, problem]
+    def of(name: str, problem: Problem) -> dict[str, Any]:
+        if (name, problem) not in known:
+            known[name, problem] = expected(rank_pool, MODELS[name], problem)
+        return known[name, problem]
 
     return of
 
 
 # In the order of the table: pools of ranks are made once.
 @pytest.mark.parametrize(
-    ("layout", "head"),
-    [pytest.param(layout, head, id=f"{layout.name}, {head}") for layout in LAYOUTS for head in HEADS],
+    ("layout", "name"),
+    [pytest.param(each, name, id=f"{each.name}: {name}") for each in LAYOUTS for name in each.models],
 )
-def test_every_layout_gives_the_gradient_of_float64_autograd(rank_pool, truth, layout: Layout, head: str):
-    assert_same(measured(rank_pool, layout, HEADS[head], Problem()), truth(head, Problem()))
+def test_every_layout_gives_the_gradient_of_float64_autograd(rank_pool, truth, layout: Layout, name: str):
+    model = MODELS[name]
+    assert_same(measured(rank_pool, layout, model, Problem()), truth(name, Problem()), model.tolerance)
 
 
 PROBLEMS = {
@@ -53,17 +55,25 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("layout", ACROSS, ids=lambda layout: layout.name)
 def test_what_is_trained_on_does_not_depend_on_the_layout(rank_pool, truth, layout: Layout, problem: Problem):
-    assert_same(measured(rank_pool, layout, TIED, problem), truth("tied", problem))
+    assert_same(measured(rank_pool, layout, Model(), problem), truth("GPT, tied", problem))
+
+
+def test_a_micro_batch_without_a_token_adds_exactly_nothing(rank_pool):
+    pool, problem = rank_pool(1, init=False), PROBLEMS["micro-batches without a token"]
+    with_empty, without = (
+        whole(pool.run(gradient, {"micro_batch_size": 2}, problem, drop_empty=drop)) for drop in (False, True)
+    )
+    assert all(torch.equal(with_empty[key], value) for key, value in without.items())
 
 
 @pytest.mark.parametrize("name", ["one rank, micro-batches of 4", "TP 2, sequence parallel", "PP 2", "CP 2, packed"])
 def test_the_group_baseline_of_the_cost_does_not_depend_on_the_layout(rank_pool, truth, name: str):
     layout = replace(BY_NAME[name], flags=BY_NAME[name].flags | {"micro_batch_size": 4})  # whole groups
     problem = Problem(cost_baseline="group")
-    assert_same(measured(rank_pool, layout, TIED, problem), truth("tied", problem))
+    assert_same(measured(rank_pool, layout, Model(), problem), truth("GPT, tied", problem))
 
 
 @pytest.mark.parametrize("other", [Problem(discount=0.8), Problem(reward_weight=1.49)], ids=["discount", "reward"])
 def test_another_objective_is_told_apart(rank_pool, truth, other: Problem):
     with pytest.raises(AssertionError):
-        assert_same(measured(rank_pool, BY_NAME["DP 2"], TIED, other), truth("tied", Problem()))
+        assert_same(measured(rank_pool, BY_NAME["DP 2"], Model(), other), truth("GPT, tied", Problem()))
