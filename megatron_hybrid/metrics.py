@@ -35,7 +35,7 @@ MEANINGS = {
     "actor/grad_norm_dense": "root mean square over response tokens of the imitation part's norm in logits",
     "actor/grad_norm_sparse": "root mean square over response tokens of the policy part's norm in logits",
     "actor/lr": "learning rate",
-    "actor/distillation/loss": "the divergence that is minimised in the place of the reverse KL, nats per response token",
+    "actor/distillation/loss": "the divergence that is minimised instead of the reverse KL, nats per response token",
     "actor/reward_weight": "lambda at this step",
     "actor/imitation_weight": "beta at this step",
     "actor/discount": "gamma at this step",
