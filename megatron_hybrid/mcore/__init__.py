@@ -2,7 +2,9 @@
 
 symbols.py         the list, and the check that the installed Megatron has all of it
 groups.py          Megatron's parallel state as one ParallelContext
-model.py           response rows, head shards, a forward through all stages
-training.py        arguments, writers, settings that are refused, the frozen second model
+model.py           the seam: response rows, head shards, models with and without output_processor, all stages
+unsliced.py        a model without sequence and context parallelism, for the length of a block: generation
+second_model.py    a frozen model beside the student, of any shape, or a copy of the student
+training.py        arguments, writers, settings that are refused
 checkpoint_io.py   torch_dist checkpoints as whole tensors
 """

@@ -6,6 +6,8 @@ function.py     what all backends share: one all-gather, the merge of the shards
 eager.py        the two passes over a shard in plain torch, row block by row block
 divergence.py   the other divergences by name: KLs to a mixture of student and teacher
 mixtures.py     their two passes over a shard
+topk.py         the loss against a teacher's k likeliest tokens, all others one bucket
+topk_passes.py  its two passes over a shard, and the merge
 reference.py    the judge: float64, whole vocabulary, a page of formulas
 diagnostics.py  norms of the two halves of the gradient, on request
 """

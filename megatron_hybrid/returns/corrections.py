@@ -15,7 +15,7 @@ The objective averages over pi, the rollouts over mu. With the advantage A_t and
 
     kind               multiplies A_t
     none               1
-    token_truncate     min(rho_t, C)         first order: as if the tokens before and after were pi's; little noise
+    token_truncate     min(rho_t, C)         as if the tokens before and after were pi's: biased, with little noise
     token_mask         rho_t within [1/C, C], else 0
     sequence_truncate  min(rho_{1:T}, C)     exact for C = inf together with `prefix`; noise grows with the length
     sequence_mask      rho_{1:T} within [1/C, C], else 0: the whole response is rejected
