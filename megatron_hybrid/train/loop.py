@@ -78,8 +78,8 @@ class OnlineLoop:
     """From the student's chunks, which are known once Megatron calls its schedule."""
     tasks: tuple[str, ...]
     """Every task the prompts can have: ranks must report the same names, whatever they drew."""
-    saved_state: dict[str, float] | None
-    """What `before_save` kept in the checkpoint that was resumed from; None: a fresh start."""
+    saved_state: dict[str, float]
+    """What `before_save` kept in the checkpoint that was resumed from; empty at a fresh start."""
     report: RunReport | None
     """On the logging rank only."""
     samples_interval: int
@@ -171,13 +171,11 @@ class OnlineLoop:
     def _begin(self, student: list[torch.nn.Module]) -> Teachers:
         """The teachers, and what a checkpoint kept of credit and copy."""
         teachers = self.build_teachers(student)
-        if self.saved_state is None:
-            return teachers
         if self.saved_state:
             self.credit.load(self.saved_state)
-        elif self.config.baseline == "running_mean":
+        elif self._step > 0 and self.config.baseline == "running_mean":
             logger.warning("the checkpoint holds no mean of earlier rewards: the baseline starts anew")
-        if teachers.copy is not None:
+        if self._step > 0 and teachers.copy is not None:
             folder = _copy_folder(self.args.load, int(self.args.iteration))
             if not folder.exists():
                 raise ConfigError(
@@ -287,7 +285,7 @@ class OnlineLoop:
     def _measure(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
         metrics = self.forward_step.metrics
         metrics.spread("critic/score", rewards)
-        metrics.spread("critic/rewards", self.config.reward_weight * rewards)
+        metrics.spread("critic/rewards", self.config.at(self._step).reward_weight * rewards)
         drawn = [prompt.task for prompt in rollouts.prompts]
         for task in self.tasks:
             of_task = torch.tensor([name == task for name in drawn], device=rewards.device)

@@ -157,7 +157,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         rubric=prepared.rubric,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
-        saved_state=_saved_state(args),
+        saved_state=_saved_state(args) if config.baseline == "running_mean" else {},
         report=_open_report(prepared, args),
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,
@@ -197,14 +197,13 @@ def _build_teachers(
     return Teachers(teacher, copies[0] if copies else None)
 
 
-def _saved_state(args: Namespace) -> dict[str, float] | None:
-    """What the loop kept in the checkpoint that Megatron has resumed from; None at a fresh start."""
+def _saved_state(args: Namespace) -> dict[str, float]:
+    """What the loop kept in the checkpoint that Megatron has resumed from; empty at a fresh start."""
     if args.iteration == 0:
-        return None
+        return {}
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
 
-    stored = load_megatron_args(Path(args.load) / f"iter_{args.iteration:07d}").get("hybrid_state")
-    return {} if stored is None else dict(stored)
+    return dict(load_megatron_args(Path(args.load) / f"iter_{args.iteration:07d}").get("hybrid_state") or {})
 
 
 def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:

@@ -93,6 +93,7 @@ LAYOUTS = [
     Layout("PP 4", 4, {PP: 4}),
     Layout("TP 2 x PP 2", 4, {TP: 2, PP: 2}),
     Layout("TP 2 x PP 2, interleaved, sequence parallel", 4, {TP: 2} | VPP | SP),
+    Layout("PP 2 x CP 2, interleaved", 4, {CP: 2} | VPP),
     Layout("TP 2 x CP 2", 4, {TP: 2, CP: 2}),
     Layout("TP 2 x CP 2, sequence parallel, packed", 4, {TP: 2, CP: 2} | SP, packed=True),
     Layout("DP 2 x CP 2, distributed optimizer", 4, {CP: 2} | DISTRIBUTED),
