@@ -41,7 +41,7 @@ MEANINGS = {
     "actor/discount": "gamma at this step",
     "critic/score": "reward as the rubric gave it, per response (/mean, /max, /min, and /<task>)",
     "critic/rewards": "reward as the objective sees it, per response (/mean, /max, /min)",
-    "critic/advantages": "advantage per response token (/mean, /max, /min)",
+    "critic/advantages": "advantage per response token, times its importance weight (/mean, /max, /min)",
     "response_length": "tokens of a response (/mean, /max, /min); /clip_ratio: share of responses cut off at the limit",
     "prompt_length/mean": "tokens of a prompt",
     "training/rollout_probs_diff_mean": "mean |p_sampler - p_trainer| of sampled tokens",

@@ -48,5 +48,13 @@ def refuse_unsupported(args: Namespace) -> None:
     ):
         if on:
             raise ConfigError(f"{reason} is not supported with --hybrid yet: train without it.")
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        value = getattr(args, name, None)
+        if args.num_experts and value and (not isinstance(value, list) or any(value)):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {value}: Megatron scales a router's own loss for a gradient that is "
+                "divided by tokens, the hybrid one is divided by what its aggregation counts. Set it to 0; "
+                "--moe-router-enable-expert-bias balances without a loss."
+            )
     if getattr(args, "mtp_num_layers", None):
         raise ConfigError("--mtp-num-layers: multi-token prediction heads have no hybrid loss; train without them.")

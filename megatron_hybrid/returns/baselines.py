@@ -1,13 +1,14 @@
 """Rewards to advantages: subtract what does not depend on the response, so that its sign says better or worse.
 
-    none                 a_i = r_i                                           unbiased
+    none                 a_i = r_i                                           unbiased (REINFORCE, Williams 1992)
     rloo                 a_i = r_i - mean of the group's other rewards       unbiased (leave-one-out, arXiv 2402.14740)
-    running_mean         a_i = r_i - m, the mean of earlier steps            unbiased: this step is not in m
+    running_mean         a_i = r_i - m, the mean of earlier collections      unbiased: this one is not in m
+                                                                             (reinforcement comparison, Williams 1992)
     grpo                 a_i = (r_i - mean of the group) / (std of the group + 1e-6)         biased (arXiv 2402.03300)
     reinforce_plus_plus  a_i = (r_i - mean of the batch) / (std of the batch + 1e-6)         biased (arXiv 2501.03262)
 
 Where the bias comes from: a mean over n responses contains r_i itself, which shrinks the expected gradient by exactly
-1 - 1/n (n the group's size, or the B responses of the step on all replicas, where it is next to nothing). The std
+1 - 1/n (n the group's size, or the B responses of the collection on all replicas, where it is next to nothing). The std
 depends on r_i too. Over a group it also weighs each prompt by 1 / std, so what is climbed is no longer the mean reward:
 with groups of two it is the chance to beat one's own other sample, however small the difference. Over a batch the
 scale is nearly a constant, of the size that a learning rate absorbs. No factor is undone here: users know these names.
@@ -19,7 +20,7 @@ And for the cost-to-go, a baseline of each position:
 
     none   0
     group  b_{i,t} = mean of C_{j,t} over the other responses j of the group, 0 for those that have ended: unbiased,
-           because no other response depends on y_{i,t}
+           because no other response depends on y_{i,t}; the leave-one-out of arXiv 2402.14740 at each position
 
 Collectives: one all-gather over dp_group for reinforce_plus_plus (`reward_statistics.py`), none otherwise.
 """
@@ -27,14 +28,13 @@ Collectives: one all-gather over dp_group for reinforce_plus_plus (`reward_stati
 import torch
 from torch import Tensor
 
+from megatron_hybrid.config import BASELINES
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.parallel import Group
 from megatron_hybrid.returns.reward_statistics import batch_statistics
 
 _EPSILON = 1e-6
 """Added to a std, so that equal rewards give 0 and not 0/0; verl's and TRL's values are this size too."""
-
-REWARD_BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
 
 
 def reward_advantages(
@@ -48,9 +48,13 @@ def reward_advantages(
     """Advantages [b] fp32 of responses with rewards [b] in groups group_id [b]; positive is better than expected.
 
     dp_group      data-parallel replicas; read by reinforce_plus_plus, which all of them must then call with equal b
-    running_mean  m of the baseline of that name: `RunningMean.value` before this step
+    running_mean  m of the baseline of that name: `RunningMean.value` before this collection
 
     Not on the hot path: counting the groups waits for the device.
+
+    Raises:
+        ShapeError: rewards and groups do not belong together.
+        ConfigError: an unknown baseline; a group, or a batch, of a single response that has nobody to be compared with.
     """
     if rewards.dim() != 1 or group_id.shape != rewards.shape:
         raise ShapeError(
@@ -67,12 +71,12 @@ def reward_advantages(
     elif baseline == "running_mean":
         if running_mean is None:
             raise ConfigError(
-                "baseline 'running_mean' subtracts the mean of earlier steps, but no running_mean was given: pass the "
-                "value of a RunningMean that has not seen this step (0 at the first)."
+                "baseline 'running_mean' subtracts the mean of earlier collections, but no running_mean was given: pass the "
+                "value of a RunningMean that has not seen this one (0 at the first)."
             )
         advantages = values - running_mean
     else:
-        raise ConfigError(f"baseline must be one of {', '.join(REWARD_BASELINES)}; got {baseline!r}.")
+        raise ConfigError(f"baseline must be one of {', '.join(BASELINES)}; got {baseline!r}.")
     return advantages.float()
 
 
@@ -97,8 +101,8 @@ def _within_batch(values: Tensor, dp_group: Group) -> Tensor:
     batch = batch_statistics(values, dp_group)
     if batch.count < 2:
         raise ConfigError(
-            f"baseline 'reinforce_plus_plus' compares the responses of a step, and this one has {batch.count}: the "
-            "deviation of a single reward does not exist. Raise --global-batch-size, or use baseline 'running_mean'."
+            f"baseline 'reinforce_plus_plus' compares the responses of a collection, and this one has "
+            f"{batch.count}: the deviation of a single reward does not exist. Raise --global-batch-size, or use baseline 'running_mean'."
         )
     return (values - batch.mean) / (batch.std + _EPSILON)
 
@@ -110,7 +114,10 @@ def cost_baseline(cost_to_go: Tensor, mask: Tensor, group_id: Tensor) -> Tensor:
     mask        [b, s] bool: response tokens. A response that is over costs nothing more: it counts with 0
     group_id    [b] int64: rows of one group answer the same prompt, which ends at the same position in each
 
-    0 where a group has a single row, and off the mask.
+    0 where a group has a single row, and off the mask; inf where another row of the group has an infinite cost.
+
+    Raises:
+        ShapeError: the shapes do not belong together.
     """
     if cost_to_go.shape != mask.shape or group_id.shape != cost_to_go.shape[:1]:
         raise ShapeError(
@@ -120,5 +127,8 @@ def cost_baseline(cost_to_go: Tensor, mask: Tensor, group_id: Tensor) -> Tensor:
     same = (group_id[:, None] == group_id[None, :]).float()
     peers = same - torch.eye(len(group_id), device=same.device)
     costs = torch.where(mask, cost_to_go.detach(), 0.0)
-    mean = peers @ costs / peers.sum(dim=1, keepdim=True).clamp(min=1)
+    # Apart from the sum: an infinite cost times the 0 of another group would be NaN, there and not here.
+    finite = costs.isfinite()
+    mean = peers @ torch.where(finite, costs, 0.0) / peers.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = torch.where(peers @ (~finite).float() > 0, torch.inf, mean)
     return torch.where(mask, mean, 0.0)

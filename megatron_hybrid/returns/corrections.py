@@ -25,8 +25,13 @@ The objective averages over pi, the rollouts over mu. With the advantage A_t and
 `prefix` multiplies the dense term by rho_{<t}, truncated at C; under the masks 0 outside [1/C, C].
 
 Numerics: products are sums of logs, and a log ratio above 40 nats, of a token or a product, counts as 40: no weight is
-infinite or NaN. A token that pi forbids (l = -inf) has weight 0. A token whose sampler gave no finite log-prob is taken
-as on-policy (l = 0) and counted. Equal log-probs give exactly 1.
+infinite or NaN. A token that pi forbids (l = -inf) has weight 0, but for kind `none`. A token whose sampler gave no
+finite log-prob is taken as on-policy (l = 0) and counted. Equal log-probs give exactly 1.
+
+Sources: truncation at C is Ionides 2008 (truncated importance sampling), for rollout engines verl's `rollout_corr`;
+products per step and prefix are per-decision importance sampling, Precup et al. 2000; k3 = rho - 1 - log rho is
+Schulman's estimator of KL(mu || pi) (joschu.net/blog/kl-approx.html); the effective sample size (mean w)^2 / mean w^2
+is Kish's.
 Collectives: none. Not here: tables of whole responses (`token_table.py`).
 """
 

@@ -1,12 +1,13 @@
-"""What a reward is compared with beyond its own group: the step's whole batch, or the steps before it.
+"""What a reward is compared with beyond its own group: the whole collection, or those before it.
 
     rewards [b] of this replica -> BatchStatistics of all replicas' rewards          one all-gather of [b] fp64
-    rewards of step 1, 2, ..         -> RunningMean, the exponential mean of their means     the same, once per update
+    rewards of collection 1, 2, ..   -> RunningMean, the exponential mean of their means     the same, once per update
 
 The gathered rewards are sorted before they are summed, so a batch has the same statistics, bit for bit, however it is
 split over replicas.
-Not here: advantages (`baselines.py`). A running mean is updated after a step's advantages are taken: before, it would
-contain that step.
+A collection is what is sampled at once; several optimizer steps may learn from it.
+Not here: advantages (`baselines.py`). A running mean is updated after a collection's advantages are taken: before, it
+would contain them.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from megatron_hybrid.parallel import Group
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """Of all rewards of one step, on all data-parallel replicas; equal on each of them."""
+    """Of all rewards of one collection, on all data-parallel replicas; equal on each of them."""
 
     count: int
     """B: responses."""
@@ -47,18 +48,18 @@ def batch_statistics(rewards: Tensor, dp_group: Group = None) -> BatchStatistics
 
 @dataclass(frozen=True)
 class RunningMean:
-    """Exponential mean of the batch means of earlier steps; frozen, `updated` gives the next one.
+    """Exponential mean of the means of earlier collections; frozen, `updated` gives the next one.
 
-    Like Adam's moments it starts at 0 and is divided by the weight it has gathered: after one step the value is that
-    step's mean, not (1 - decay) of it.
+    Like Adam's moments it starts at 0 and is divided by the weight it has gathered: after one collection the value is
+    its mean, not (1 - decay) of it.
     """
 
     decay: float
-    """What a step keeps of the steps before it, in [0, 1)."""
+    """What a collection keeps of those before it, in [0, 1)."""
     mean: float = 0.0
     """Sum of (1 - decay) decay^age times the batch mean of that age."""
     weight: float = 0.0
-    """Sum of the same factors: 1 - decay^steps."""
+    """Sum of the same factors: 1 - decay^collections."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -66,11 +67,11 @@ class RunningMean:
 
     @property
     def value(self) -> float:
-        """The mean; 0 before any step."""
+        """The mean; 0 before any collection."""
         return self.mean / self.weight if self.weight else 0.0
 
     def updated(self, rewards: Tensor, *, dp_group: Group = None) -> Self:
-        """With one more step, whose rewards are [b] on each rank of dp_group; without responses unchanged."""
+        """With one more collection, rewards [b] on each rank of dp_group; without responses unchanged."""
         batch = batch_statistics(rewards, dp_group)
         if not batch.count:
             return self

@@ -177,6 +177,7 @@ class HybridForwardStep:
 
     def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
         drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
+        drift = torch.where(batch.sampled_logprobs.isfinite(), drift, 0.0)  # unknown ones are counted by the credit
         metrics = self.metrics
         if batch.teacher is not None:  # without one a KL of 0 would read as perfect agreement
             metrics.mean("actor/kl_loss", result.kl)

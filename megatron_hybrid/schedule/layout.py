@@ -13,6 +13,7 @@ No collective: every rank works out its own part of what all of them know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,8 +64,8 @@ class SequenceLayout:
 
     @property
     def _multiple(self) -> int:
-        # Chunks must be equal, and each rank's two of them together share out over tensor-parallel ranks.
-        return self.chunks if self.row_multiple == 1 else 2 * self.cp_size * self.row_multiple
+        # Chunks must be equal, and each rank's part shares out over tensor-parallel ranks.
+        return math.lcm(self.chunks, self.cp_size * self.row_multiple)
 
     def width(self, lengths: Sequence[int]) -> int:
         """Positions of a micro-batch's row whose sequences feed `lengths` positions, on all context-parallel ranks."""
@@ -104,7 +105,8 @@ class SequenceLayout:
         tokens = torch.zeros_like(within)
         tokens[fed] = torch.cat(list(sequences)).to(device)
         here, row = place(every, within)
-        local = torch.stack((tokens[here], within[here]))
+        # Position 0 in padding: it may be longer than any sequence, and the model's own positions may end.
+        local = torch.stack((tokens[here], torch.where(fed, within, 0)[here]))
         local = torch.zeros_like(local).index_copy_(1, row[here], local)
         if self.packed:
             tokens, positions = local.unsqueeze(1).unbind(0)

@@ -96,7 +96,12 @@ class Credit:
         return credit_for
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; equal on every rank. Collective over pipeline stages: the last one knows."""
+        """What a checkpoint keeps, equal on every rank; nothing unless the baseline remembers something.
+
+        Collective over pipeline stages then: the last one knows.
+        """
+        if self.config.baseline != "running_mean":
+            return {}
         state = self.running_mean.state()
         pp = self.parallel.pp
         if pp.size > 1:

@@ -150,7 +150,7 @@ class OnlineLoop:
             metrics.max(name, math.nan if record[key] is None else float(record[key]))
         for name, value in record["loss_dict"].items():
             metrics.max(name, value)  # Megatron has reduced them
-        metrics.sum("training/skipped_steps", float(record["skipped_iter"]))
+        metrics.max("training/skipped_steps", float(record["skipped_iter"]))
         now = self.config.at(self._step - 1)
         for name in SCHEDULED:
             metrics.max(f"actor/{name}", getattr(now, name))

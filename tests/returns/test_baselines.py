@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megatron_hybrid.errors import ConfigError, ShapeError
+from megatron_hybrid.records import TokenStats
 from megatron_hybrid.returns.baselines import cost_baseline, reward_advantages
+from megatron_hybrid.returns.weights import make_weigh
 
 REWARDS = torch.tensor([1.0, 5.0, 0.0, 7.0, 2.0])
 GROUPS = torch.tensor([9, 4, 9, 4, 9])  # {1, 0, 2} and {5, 7}, interleaved
@@ -63,3 +65,34 @@ def test_cost_baseline_by_hand():
     baseline = cost_baseline(costs, mask, torch.tensor([0, 0, 0, 7]))
     # Leave one out in rows 0-2; a response that has ended counts 0; row 3 is alone.
     assert baseline.tolist() == [[0, 7, 3, 0], [0, 6, 0, 0], [0, 5, 1, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("future_cost", ["closed_form", "sampled"])
+def test_an_infinite_cost_stays_in_its_own_group(future_cost: str):
+    """Four responses in one micro-batch, or two and two: the credit of the clean group is the same."""
+    rows, length = 4, 3
+    row, position = (x.flatten() for x in torch.meshgrid(torch.arange(rows), torch.arange(length), indexing="ij"))
+    kl, log_prob = torch.rand(rows * length), -torch.rand(rows * length)
+    teacher = -torch.rand(rows * length)
+    kl[2 * length + 2], teacher[2 * length + 2] = torch.inf, -torch.inf
+
+    def credit(of: slice) -> torch.Tensor:
+        mine = (row >= of.start) & (row < of.stop)
+        weigh = make_weigh(
+            reward_advantage=torch.zeros(of.stop - of.start),
+            row_of_token=row[mine] - of.start,
+            position_of_token=position[mine],
+            num_positions=length,
+            discount=1.0,
+            future_cost=future_cost,
+            reward_weight=0.0,
+            imitation_weight=1.0,
+            group_id=torch.arange(of.start, of.stop) // 2,
+        )
+        return weigh.advantage(TokenStats(kl[mine], log_prob[mine], teacher[mine], kl[mine]))
+
+    together, apart = credit(slice(0, 4)), torch.cat([credit(slice(0, 2)), credit(slice(2, 4))])
+    assert torch.equal(together, apart)
+    assert together[: 2 * length].abs().max() > 0, "the clean group has credit"
+    # Nobody in the other group has one where an infinite cost lies ahead, in the response or in its peer.
+    assert together[2 * length :].view(2, length)[:, :2].abs().max() == 0

@@ -132,24 +132,43 @@ def test_nothing_is_sent_where_no_token_looks_at_another(rank_pool: Pools, optio
     assert [rank["names"] for rank in ranks] == [[], []]
 
 
+PACKED = [[8, 4, 16, 4], [4, 4, 4, 20], [32]]
+"""Lengths of the sequences packed into each row."""
+
+
+def packed_positions_of(rank: int, ranks: int) -> Tensor:
+    """[rows, s/cp]: positions that lie on this rank where each packed sequence is cut on its own."""
+    rows = []
+    for lengths in PACKED:
+        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        rows.append(
+            torch.cat([start + positions_of(rank, ranks, n) for start, n in zip(starts, lengths, strict=False)])
+        )
+    return torch.stack(rows)
+
+
 def cost_to_go_of_rank(costs: Tensor, mask: Tensor, segments: Tensor, discount: float) -> list[Tensor]:
     """On each rank: its slice of the future, without and with packed sequences."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     own = positions_of(rank, ranks, costs.shape[1])
     plain = cost_to_go(costs[:, own], mask[:, own], discount, cp_group=group)
-    return [plain, cost_to_go(costs[:, own], mask[:, own], discount, segments[:, own], cp_group=group)]
+    packed = packed_positions_of(rank, ranks)
+    mine = (values.gather(1, packed) for values in (costs, mask))
+    return [plain, cost_to_go(*mine, discount, segments.gather(1, packed), cp_group=group)]
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
 def test_cost_to_go_of_zigzag_slices_is_the_slice_of_the_whole(rank_pool: Pools, discount: float):
     costs, mask = torch.randn(3, 32), torch.rand(3, 32) < 0.7
     costs[0, 20], mask[0, 20] = torch.inf, True
-    segments = (torch.rand(3, 32) < 0.1).cumsum(1)
+    segments = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) for lengths in PACKED]
+    )
     whole = [cost_to_go(costs, mask, discount), cost_to_go(costs, mask, discount, segments)]
     for rank, slices in enumerate(rank_pool(2).run(cost_to_go_of_rank, costs, mask, segments, discount)):
-        own = positions_of(rank, 2, 32)
-        for ours, expected in zip(slices, whole, strict=True):
-            assert torch.equal(ours, expected[:, own])
+        own = [positions_of(rank, 2, 32).expand(3, -1), packed_positions_of(rank, 2)]
+        for ours, expected, places in zip(slices, whole, own, strict=True):
+            assert torch.equal(ours, expected.gather(1, places))
 
 
 def odd_slices() -> str:

@@ -35,6 +35,7 @@ def test_every_position_lies_on_one_rank_at_the_row_that_is_said(cp_size, row_mu
         ids = torch.stack([SEQUENCES[s][p] for s, p in zip(sequence, position, strict=True)])[mine]
         assert torch.equal(flat_tokens[given.token_rows], ids)
         assert torch.equal(flat_positions[given.token_rows], position[mine])
+        assert flat_positions.max() < max(len(ids) for ids in SEQUENCES), "also in padding: a model's positions end"
         assert torch.equal(
             flat_tokens.sort().values,
             torch.cat((flat_tokens.new_zeros(len(flat_tokens) - len(ids)), ids)).sort().values,
@@ -90,8 +91,16 @@ def test_wider_than_needed_is_padding_behind_everything():
     for packed in (False, True):
         layout = SequenceLayout(packed=packed)
         width = layout.width([len(ids) for ids in SEQUENCES])
+        assert width == (sum if packed else max)(len(ids) for ids in SEQUENCES)
         tight, _ = layout.model_input(SEQUENCES, sequence, position, width=width)
         wide, _ = layout.model_input(SEQUENCES, sequence, position, width=width + 6)
         assert torch.equal(wide.tokens[:, :width], tight.tokens)
         assert wide.tokens[:, width:].abs().sum() == 0
         assert torch.equal(wide.token_rows, tight.token_rows)
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "row_multiple", "width"), [(1, 1, 17), (1, 2, 18), (2, 1, 20), (2, 2, 20), (1, 4, 20)]
+)
+def test_a_row_is_no_wider_than_its_cuts_need(cp_size, row_multiple, width):
+    assert SequenceLayout(0, cp_size, row_multiple).width([17, 3]) == width
