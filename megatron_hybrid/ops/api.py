@@ -21,7 +21,7 @@ from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.ops import eager, mixtures
 from megatron_hybrid.ops.call import read_call
 from megatron_hybrid.ops.divergence import Mixture, mixture_of
-from megatron_hybrid.ops.function import Backend, HybridLossFunction, MixturePasses, Plan
+from megatron_hybrid.ops.function import Backend, HybridLossFunction, MixturePasses, Passes, Plan
 from megatron_hybrid.parallel import Group
 from megatron_hybrid.records import TokenStats, Weigh
 
@@ -109,7 +109,7 @@ def vocab_parallel_hybrid_loss(
     if inplace:
         check_inplace(student_logits)
     teacher = None if teacher_logits is None else teacher_logits.detach()
-    plan = Plan(call, BACKENDS[backend], weights, inplace, mixture)
+    plan = Plan(call, Passes(BACKENDS[backend], mixture), weights, inplace)
     return HybridLoss(*HybridLossFunction.apply(student_logits, teacher, plan))
 
 

@@ -10,7 +10,7 @@ gradient pass of its own. Forward: these one or two collectives, merged in rank 
 Backward: none. Saved: the inputs and a few numbers per token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -115,17 +115,75 @@ def merged_mixture(
     return divergence, MixtureNumbers(*numbers, mean_slope)
 
 
+class Measured(NamedTuple):
+    """What is known of n counted rows between the two passes, equal on every rank."""
+
+    stats: TokenStats
+    """[n] each."""
+    divergence: Tensor
+    """[n]: the KL, or what stands in its place."""
+    numbers: tuple[Tensor, ...]
+    """[n] each: what the gradient pass needs of the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Who reads the shards, and for which divergence; one object for a whole call."""
+
+    backend: Backend
+    mixture: tuple[Mixture, MixturePasses] | None = None
+    """A divergence other than the reverse KL, and who computes it."""
+
+    def measure(self, student: Tensor, teacher: Tensor | None, call: Call) -> Measured:
+        """Stats of the counted rows of both shards [rows, v/tp], with the collectives of the module's docstring."""
+        merged = merged_stats(self.backend, student, teacher, call)
+        if self.mixture is None or teacher is None:
+            return Measured(merged.stats, merged.stats.kl, _gradient_numbers(merged))
+        mixture, passes = self.mixture
+        return Measured(merged.stats, *merged_mixture(passes, mixture, student, teacher, call, merged))
+
+    def write_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        call: Call,
+        numbers: Sequence[Tensor],
+        dense: Tensor,
+        sparse: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Fills out [rows, v/tp]: dense * dD/dz - sparse * dlog p(y)/dz, for logits z over their temperature.
+
+        dense, sparse  [n] fp32: both weights times the gradient that arrives, over the temperature
+        """
+        if self.mixture is not None and teacher is not None:
+            mixture, passes = self.mixture
+            coefficients = torch.stack((*numbers, dense, sparse), dim=-1)
+            passes.shard_gradient(student, teacher, call, mixture, coefficients, out)
+        else:
+            m_z, m_w, k, s_z = numbers
+            coefficients = torch.stack((m_z, m_w, k, dense / s_z, sparse / s_z, sparse), dim=-1)
+            self.backend.shard_gradient(student, teacher, call, coefficients, out)
+
+
+def weighted(measured: Measured, imitation: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, weight of the dense gradient), [n] fp32 each."""
+    divergence, log_prob = measured.divergence, measured.stats.log_prob
+    # Selected, not multiplied: a weight of 0 drops a term even where it is infinite.
+    loss = torch.where(imitation == 0, 0.0, imitation * divergence)
+    loss = loss - torch.where(advantage == 0, 0.0, advantage * log_prob)
+    return loss, torch.where(divergence == torch.inf, 0.0, imitation)  # an infinite divergence has no gradient
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the autograd function needs besides the logits."""
 
     call: Call
-    backend: Backend
+    passes: Passes
     weights: Callable[[TokenStats], tuple[Tensor, Tensor]]
     """Stats in the target's shape to (imitation_weight, advantage), fp32, in the target's shape."""
     inplace: bool
-    mixture: tuple[Mixture, MixturePasses] | None = None
-    """A divergence other than the reverse KL, and who computes it."""
 
 
 class HybridLossFunction(torch.autograd.Function):
@@ -136,21 +194,14 @@ class HybridLossFunction(torch.autograd.Function):
         call = plan.call
         teacher = None if teacher_logits is None else rows_of(teacher_logits)
         student = rows_of(student_logits)
-        merged = merged_stats(plan.backend, student, teacher, call)
-        divergence, numbers = merged.stats.kl, _gradient_numbers(merged)
-        if plan.mixture is not None and teacher is not None:
-            mixture, passes = plan.mixture
-            divergence, numbers = merged_mixture(passes, mixture, student, teacher, call, merged)
-        stats = TokenStats(*(call.restored(value) for value in vars(merged.stats).values()))
+        measured = plan.passes.measure(student, teacher, call)
+        stats = TokenStats(*(call.restored(value) for value in vars(measured.stats).values()))
         imitation, advantage = (call.counted(weight) for weight in plan.weights(stats))
-        # Selected, not multiplied: a weight of 0 drops a term even where it is infinite.
-        loss = torch.where(imitation == 0, 0.0, imitation * divergence)
-        loss = loss - torch.where(advantage == 0, 0.0, advantage * merged.stats.log_prob)
+        loss, dense = weighted(measured, imitation, advantage)
         ctx.plan, ctx.spent = plan, False
-        dense = torch.where(divergence == torch.inf, 0.0, imitation)  # an infinite divergence has no gradient
-        ctx.save_for_backward(student_logits, teacher_logits, dense, advantage, *numbers)
+        ctx.save_for_backward(student_logits, teacher_logits, dense, advantage, *measured.numbers)
         ctx.set_materialize_grads(False)
-        outputs = (call.restored(loss), *vars(stats).values(), call.restored(divergence))
+        outputs = (call.restored(loss), *vars(stats).values(), call.restored(measured.divergence))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -168,20 +219,13 @@ class HybridLossFunction(torch.autograd.Function):
         student_logits, teacher_logits, dense, sparse, *numbers = ctx.saved_tensors
         ctx.spent = plan.inplace
         scale = plan.call.counted(grad_loss.float()) * plan.call.shard.student_scale
-        a, c = scale * dense, scale * sparse
         # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
         # Not empty_like: it would keep strides that no view flattens.
         out = student_logits.detach() if plan.inplace else student_logits.new_empty(student_logits.shape)
-        student, rows = rows_of(student_logits), rows_of(out)
         teacher = None if teacher_logits is None else rows_of(teacher_logits)
-        if plan.mixture is not None and teacher is not None:
-            mixture, passes = plan.mixture
-            coefficients = torch.stack((*numbers, a, c), dim=-1)
-            passes.shard_gradient(student, teacher, plan.call, mixture, coefficients, rows)
-        else:
-            m_z, m_w, k, s_z = numbers
-            coefficients = torch.stack((m_z, m_w, k, a / s_z, c / s_z, c), dim=-1)
-            plan.backend.shard_gradient(student, teacher, plan.call, coefficients, rows)
+        plan.passes.write_gradient(
+            rows_of(student_logits), teacher, plan.call, numbers, scale * dense, scale * sparse, rows_of(out)
+        )
         return out, None, None
 
 
