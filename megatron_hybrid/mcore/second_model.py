@@ -34,42 +34,11 @@ from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.mcore.architecture import ARCHITECTURE
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
 
 Chunks = list[torch.nn.Module]
 """A model as one rank of a pipeline holds it: one module per virtual stage."""
-
-# What a checkpoint's arguments say about the function that the model computes; everything else (layout, precision,
-# kernels) is the job's. One kernel is here: Megatron's fused GELU is the tanh approximation, the plain one is exact.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
-    "kv_channels", "max_position_embeddings", "untie_embeddings_and_output_weights", "spec",
-    # positions
-    "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq", "mrope_section",
-    "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "rope_type",
-    "rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings", "yarn_beta_fast",
-    "yarn_beta_slow", "yarn_correction_range_round_to_int",
-    # norms, activations, biases, scales
-    "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
-    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "quick_geglu", "bias_gelu_fusion", "glu_linear_offset",
-    "activation_func_clamp_value", "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult",
-    "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power",
-    # attention
-    "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "softmax_type", "attention_output_gate",
-    "window_size", "window_attn_skip_freq", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
-    "qk_pos_emb_head_dim", "v_head_dim", "experimental_attention_variant", "dsa_indexer_n_heads",
-    "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset",
-    "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation", "dsa_indexer_scoring_relu",
-    "dsa_indexer_k_norm_epsilon", "dsa_indexer_k_norm_fp32", "linear_attention_freq", "linear_conv_kernel_dim",
-    "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
-    # state space layers
-    "hybrid_layer_pattern", "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads",
-    # experts
-    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_latent_size", "moe_apply_probs_on_input",
-    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_topk", "moe_router_num_groups",
-    "moe_router_group_topk", "moe_router_pre_softmax", "moe_router_score_function", "moe_router_enable_expert_bias",
-    "moe_router_topk_scaling_factor", "moe_router_dtype",
-)  # fmt: skip
 
 # Names of older versions, under which a checkpoint may hold the same thing.
 _OLDER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
@@ -87,6 +56,10 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
     """The job's arguments with the architecture of a checkpoint in their place.
 
     What a checkpoint does not say it was saved without knowing of: then Megatron's own default holds, not the job's.
+
+    Raises:
+        ConfigError: the job cannot build such a model: layers from a configuration file, too few learned positions,
+            layers that the stages cannot share evenly.
     """
     parser = argparse.ArgumentParser()
     add_megatron_arguments(parser)
@@ -168,6 +141,7 @@ def build_copy(student: Sequence[torch.nn.Module]) -> Chunks:
     settle_weights(student)
     with torch.no_grad():
         for (_, own), (_, tensor) in zip(ours, theirs, strict=True):
+            own.data = own.data.to(tensor.dtype)  # routers keep their expert biases in fp32 in a model of bf16
             own.copy_(tensor)
     return chunks
 
@@ -175,6 +149,7 @@ def build_copy(student: Sequence[torch.nn.Module]) -> Chunks:
 def _build(args: Namespace) -> Chunks:
     args = copy.copy(args)
     args.perform_initialization = False  # every weight is loaded or copied, and the student's random state stays
+    args.moe_input_jitter_eps = None  # noise for training that Megatron also adds in eval mode
     config = (gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args)(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # No mixed-precision wrapper: it would return fp32 copies of the hidden states.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
 import pytest
+from megatron.core.transformer import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.mcore.second_model import ARCHITECTURE, frozen_args
+from megatron_hybrid.mcore.architecture import ARCHITECTURE, THE_JOBS
+from megatron_hybrid.mcore.second_model import frozen_args
 
 
 def job(**changes: Any) -> Namespace:
@@ -71,15 +74,35 @@ def test_the_jobs_own_arguments_are_not_changed():
     assert vars(args) == before
 
 
-def test_every_architecture_argument_is_one_of_megatrons():
+def megatrons() -> set[str]:
+    """Names of all arguments of Megatron's command line."""
     parser = argparse.ArgumentParser()
     add_megatron_arguments(parser)
-    assert not set(ARCHITECTURE) - {action.dest for action in parser._actions}
+    return {action.dest for action in parser._actions}
+
+
+def test_every_argument_that_is_sorted_is_one_of_megatrons():
+    assert not {*ARCHITECTURE, *THE_JOBS} - megatrons()
+
+
+def test_every_argument_that_shapes_a_model_is_sorted_to_checkpoint_or_job():
+    """A name in this list is new in the installed Megatron: does it change what given weights compute in eval mode?"""
+    fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}  # those of TransformerConfig, too
+    assert sorted((fields & megatrons()) - {*ARCHITECTURE, *THE_JOBS}) == []
+
+
+def test_an_argument_is_sorted_once():
+    assert len({*ARCHITECTURE, *THE_JOBS}) == len(ARCHITECTURE) + len(THE_JOBS)
 
 
 def test_no_architecture_argument_names_the_layout():
     assert not [name for name in ARCHITECTURE if "parallel" in name or "batch" in name or "vocab" in name]
-    assert len(set(ARCHITECTURE)) == len(ARCHITECTURE)
+
+
+def test_how_a_teacher_chooses_its_experts_is_the_checkpoints():
+    balancing = {"moe_router_load_balancing_type": "sinkhorn", "moe_expert_capacity_factor": 1.5}
+    merged = frozen_args(job(moe_router_load_balancing_type="none"), TEACHER | balancing)
+    assert (merged.moe_router_load_balancing_type, merged.moe_expert_capacity_factor) == ("sinkhorn", 1.5)
 
 
 @pytest.mark.parametrize(("pp", "vpp", "stages"), [(4, None, 4), (2, 2, 4)])

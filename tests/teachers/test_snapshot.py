@@ -52,6 +52,7 @@ def assert_averaged(model: Any, history: list[dict[str, Tensor]]) -> None:
             value, expected = value[:30], expected[:30]
         # fp32: some ten roundings of three steps. bf16: where fp32's error crosses a tie, the last bit falls elsewhere.
         rtol = 1e-6 if value.dtype == torch.float32 else 2**-7
+        # 1e-7: an ulp of the weights averaged, of size 1 and less, for averages that nearly cancel.
         torch.testing.assert_close(value, expected, rtol=rtol, atol=1e-7)
 
 
@@ -167,6 +168,45 @@ def average_of_bf16(decay: float, steps: int) -> None:
 def test_a_slow_average_of_bf16_weights_does_not_stand_still(rank_pool):
     # A step moves it by 5e-4, an eighth of the last bit of bf16 near 1.
     rank_pool(1, init=False).run(average_of_bf16, 0.999, 100)
+
+
+BIASED = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_input_jitter_eps": 0.1,
+    "bf16": True,
+}
+
+
+def copy_of_routers() -> None:
+    from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.mcore.second_model import named_tensors
+    from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+    from tests.teachers.real import logits_by_row, micro_batches, rollouts
+    from tests.tiny import megatron, set_weights, start
+
+    with megatron(**BIASED) as args:
+        model = start(args, ddp=True)
+        set_weights(model)
+        biases = [tensor for name, tensor in named_tensors(model) if name.endswith("expert_bias")]
+        for bias in biases:
+            bias.data = torch.tensor([1.0, 1.001, -0.3, 1 / 3])  # fp32, as a router keeps it once it has run
+        assert len(biases) == 4
+        teacher = SnapshotTeacher(model, parallel_context())
+        copied = [tensor for name, tensor in named_tensors(teacher.model) if name.endswith("expert_bias")]
+        assert all(torch.equal(copy, bias) for copy, bias in zip(copied, biases, strict=True))
+
+        batches = micro_batches(rollouts(), parallel_context(), args)
+        first, second = (logits_by_row(batches, teacher.annotate(batches), parallel_context().tp) for _ in range(2))
+        for once, again in zip(first or [], second or [], strict=True):
+            assert torch.equal(once, again), "the jitter of training is no part of a teacher"
+
+
+def test_a_copy_routes_by_the_students_biases_in_fp32_and_without_its_jitter(rank_pool):
+    rank_pool(1, init=False).run(copy_of_routers)
 
 
 def overlapped() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
