@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Self
 
+from megatron_hybrid.annealing import Annealed, annealed
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.schedules import schedule
 
 FUTURE_COSTS = ("closed_form", "sampled")
 BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
@@ -27,7 +27,7 @@ ROLLOUT_CORRECTIONS = (
     "ppo_clip",
 )
 TEACHER_PAYLOADS = ("hidden", "topk")
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "compile")
 SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 """Settings that have a schedule, `<setting>_schedule`."""
 FILE_REWARDS = ("exact_match", "math_answer")
@@ -75,11 +75,11 @@ class HybridConfig(_FromArguments):
     baseline: str = setting(
         "rloo",
         "what is subtracted from the reward: leave-one-out group mean (rloo), group mean over std (grpo), batch mean "
-        "over std (reinforce_plus_plus), mean of earlier steps (running_mean), nothing",
+        "over std (reinforce_plus_plus), mean of earlier ones (running_mean), nothing",
         BASELINES,
     )
     baseline_decay: float = setting(
-        0.9, "running_mean: what a step keeps of the mean of the steps before it, in [0, 1)"
+        0.9, "running_mean: what a collection of rollouts keeps of the mean of those before it, in [0, 1)"
     )
     cost_baseline: str = setting(
         "group",
@@ -134,16 +134,24 @@ class HybridConfig(_FromArguments):
         self._check_choices()
         for step in self._turning_points():
             self._check_weights(step)
-        if self.divergence != "reverse_kl" and any(self._value("discount", step) for step in self._turning_points()):
-            raise ConfigError(
-                f"divergence {self.divergence!r} is a one-step loss: only the reverse KL adds up to a cost of the "
-                f"whole response, which is what discount ({self.discount}) discounts. Set discount 0, or divergence "
-                "'reverse_kl'."
-            )
+        for step in self._turning_points():
+            if self.divergence != "reverse_kl" and (discount := self._value("discount", step)):
+                when = f" from step {step} on" if step else ""
+                raise ConfigError(
+                    f"divergence {self.divergence!r} is a one-step loss: only the reverse KL adds up to a cost of the "
+                    f"whole response, which is what discount ({discount}{when}) discounts. Set discount 0, or "
+                    "divergence 'reverse_kl'."
+                )
         if self.divergence != "reverse_kl" and self.teacher_payload == "topk":
             raise ConfigError(
                 f"divergence {self.divergence!r} needs the teacher's whole distribution, but teacher_payload is "
                 "'topk': its one bucket for the rest is exact for the reverse KL only. Use teacher_payload 'hidden'."
+            )
+        if self.teacher_payload == "topk" and self.teacher_logit_floor is not None:
+            raise ConfigError(
+                f"teacher_logit_floor is {self.teacher_logit_floor}, but teacher_payload is 'topk': a token that the "
+                "teacher forbids is in the bucket of all others there, which has a floor of its own. Leave the floor "
+                "out, or use teacher_payload 'hidden'."
             )
         self._check_numbers()
         if self.group_size < 2 and self.baseline in GROUP_BASELINES:
@@ -167,13 +175,15 @@ class HybridConfig(_FromArguments):
         """Whether the future imitation cost is ever on."""
         return self.imitates and any(self._value("discount", step) > 0 for step in self._turning_points())
 
+    def _annealed(self, name: str) -> Annealed:
+        return annealed(name, getattr(self, f"{name}_schedule"), getattr(self, name))
+
     def _value(self, name: str, step: int) -> float:
-        return schedule(name, getattr(self, f"{name}_schedule"), getattr(self, name))(step)
+        return self._annealed(name).at(step)
 
     def _turning_points(self) -> list[int]:
-        """Steps between which every schedule is monotonic: what holds at each of them holds at all."""
-        texts = ":".join(getattr(self, f"{name}_schedule") for name in SCHEDULED)
-        return [0, *(int(n) for n in re.findall(r"[:@](\d+)(?=[:,]|$)", texts)), 2**62]
+        """Steps between which no scheduled setting turns: what holds at each of them holds at all."""
+        return sorted({step for name in SCHEDULED for step in self._annealed(name).turning_points})
 
     def _check_weights(self, step: int) -> None:
         """Weights and discount at one step of their schedules."""
@@ -222,6 +232,11 @@ class HybridConfig(_FromArguments):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a finite number > 0, got {value}: logits are divided by it.")
+        if self.teacher_logit_floor is not None and not math.isfinite(self.teacher_logit_floor):
+            raise ConfigError(
+                f"teacher_logit_floor must be finite, got {self.teacher_logit_floor}: it is there to keep the KL "
+                "finite. Leave it out for no floor."
+            )
         if not 0 < self.divergence_mix < 1:
             raise ConfigError(
                 f"divergence_mix must lie strictly between 0 and 1, got {self.divergence_mix}: at either end the "

@@ -62,7 +62,8 @@ MEANINGS = {
     "perf/max_memory_allocated_gb": "peak accelerator memory, largest rank",
     "training/policy_age": "optimizer steps since the responses were sampled",
     "training/skipped_steps": "steps whose update Megatron skipped",
-    "training/infinite_kl_tokens": "response tokens that the teacher forbids, see teacher_logit_floor",
+    "training/infinite_kl_tokens": "response tokens of infinite divergence, which gives them no dense gradient: the "
+    "teacher forbids what the student may say (see teacher_logit_floor), or under forward_kl the other way round",
     "val/score": "held-out reward per response (and /<task>)",
     "val/kl": "held-out reverse KL to the teacher, nats per response token",
     "val/kl_per_response": "held-out reverse KL of a whole response (trajectory), nats",

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_hybrid"
 TORCH_LEAVES = {"records", "parallel", "collectives", "metrics"}
-LEAVES = {"errors", "schedules", "config"} | TORCH_LEAVES
+LEAVES = {"errors", "annealing", "config"} | TORCH_LEAVES
 ANYTHING = None
 
 
@@ -34,8 +34,8 @@ class Rule:
 TORCH = {"torch"}
 RULES = {
     "errors": Rule(set(), outside=set()),
-    "schedules": Rule({"errors"}, outside=set()),
-    "config": Rule({"errors", "schedules"}, outside=set()),
+    "annealing": Rule({"errors"}, outside=set()),
+    "config": Rule({"errors", "annealing"}, outside=set()),
     **{leaf: Rule({"errors"} | TORCH_LEAVES, outside=TORCH) for leaf in TORCH_LEAVES},
     "ops": Rule(LEAVES - {"config"}, outside=TORCH, late_outside=frozenset({"triton"})),
     "returns": Rule(LEAVES, outside=TORCH),

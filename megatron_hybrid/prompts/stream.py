@@ -24,15 +24,7 @@ class PromptStream:
     max_prompt_length   tokens a prompt may have; what the model's sequence length leaves beside a response
     """
 
-    def __init__(
-        self,
-        source: PromptSource,
-        template: PromptTemplate,
-        *,
-        seed: int,
-        max_prompt_length: int,
-        max_teacher_prompt_length: int | None = None,
-    ) -> None:
+    def __init__(self, source: PromptSource, template: PromptTemplate, *, seed: int, max_prompt_length: int) -> None:
         if max_prompt_length < 1:
             raise ConfigError(
                 f"max_prompt_length must be at least 1, got {max_prompt_length}: the response length leaves no room "
@@ -44,7 +36,6 @@ class PromptStream:
         self._template = template
         self._seed = seed
         self._max_prompt_length = max_prompt_length
-        self._max_teacher_prompt_length = max_teacher_prompt_length
         self._permutation = lru_cache(maxsize=2)(self._shuffle)  # a draw may straddle two epochs
         self.size = source.size
         """Questions before the first repetition; None for generated ones."""
@@ -103,17 +94,6 @@ class PromptStream:
                 f"{len(longest.token_ids)} without it (task {longest.task!r}: {_excerpt(longest.text)}). The teacher "
                 "reads hint and response in one sequence: raise the sequence length, lower max_response_length, or "
                 "shorten the hint."
-            )
-
-    def _require_short_for_teacher(self, prompts: list[Prompt]) -> None:
-        limit = self._max_teacher_prompt_length
-        lengths = [len(prompt.teacher_token_ids or ()) for prompt in prompts]
-        if limit is not None and max(lengths, default=0) > limit:
-            longest = prompts[lengths.index(max(lengths))]
-            raise DataError(
-                f"with the teacher's hint a prompt has {max(lengths)} tokens, and the teacher can read {limit} in "
-                f"front of a response (task {longest.task!r}: {_excerpt(longest.text)}). Shorten the hint, lower "
-                "max_response_length, or raise --max-position-embeddings if the teacher has them."
             )
 
 

@@ -71,8 +71,8 @@ def reward_advantages(
     elif baseline == "running_mean":
         if running_mean is None:
             raise ConfigError(
-                "baseline 'running_mean' subtracts the mean of earlier collections, but no running_mean was given: pass the "
-                "value of a RunningMean that has not seen this one (0 at the first)."
+                "baseline 'running_mean' subtracts the mean of earlier collections, but no running_mean was given: "
+                "pass the value of a RunningMean that has not seen this one (0 at the first)."
             )
         advantages = values - running_mean
     else:
@@ -101,8 +101,9 @@ def _within_batch(values: Tensor, dp_group: Group) -> Tensor:
     batch = batch_statistics(values, dp_group)
     if batch.count < 2:
         raise ConfigError(
-            f"baseline 'reinforce_plus_plus' compares the responses of a collection, and this one has "
-            f"{batch.count}: the deviation of a single reward does not exist. Raise --global-batch-size, or use baseline 'running_mean'."
+            f"baseline 'reinforce_plus_plus' compares the responses of a collection, and this one has {batch.count}: "
+            "the deviation of a single reward does not exist. Raise --global-batch-size, or use baseline "
+            "'running_mean'."
         )
     return (values - batch.mean) / (batch.std + _EPSILON)
 

@@ -4,7 +4,8 @@ On the last stage, per micro-batch:  hidden [s, b, h] -> rows that predict a res
 logits [n, v/tp], with the teacher's from its payload -> op (stats, credit, loss [n]) -> (sum, count, report). Megatron
 divides the summed gradient by the summed count (`--calculate-per-token-loss`), which makes the normaliser global.
 
-Collectives: the op's one all-gather over tp; two more in micro-batches whose gradient norms are measured.
+Collectives: the op's one all-gather over tp (two with another divergence), and as many more plus one in micro-batches
+whose gradient norms are measured; those of the credit under context parallelism.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class HybridForwardStep:
             metrics.mean("actor/kl_loss", result.kl)
             if self._ready().divergence != "reverse_kl":
                 metrics.mean("actor/distillation/loss", result.divergence)
-            metrics.sum("training/infinite_kl_tokens", result.kl.isinf().float())
+            metrics.sum("training/infinite_kl_tokens", result.divergence.isinf().float())
         # Selected as in the op: a token that the student forbids may have weight 0.
         metrics.mean("actor/pg_loss", torch.where(advantage == 0, 0.0, -advantage * result.log_prob))
         metrics.mean("actor/entropy", result.entropy)

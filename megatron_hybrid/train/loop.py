@@ -29,7 +29,6 @@ from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats, Weigh
-from megatron_hybrid.returns.corrections import finish_metrics
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
@@ -39,17 +38,14 @@ from megatron_hybrid.schedule.microbatch import CreditFor, microbatches
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
 from megatron_hybrid.train.credit import Credit, Scored
+from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
 from megatron_hybrid.train.report import RunReport
-from megatron_hybrid.train.samples import Sample
 from megatron_hybrid.train.updates import Updates
 
 logger = logging.getLogger(__name__)
 
 EVAL_SEED_OFFSET = 1_000_003
 """Held-out responses are drawn with noise of their own, the same at every evaluation: differences are the model's."""
-
-SHOWN_SAMPLES = 16
-"""Responses in an entry of the table of samples, at least; whole micro-batches are shown."""
 
 
 class Teachers(NamedTuple):
@@ -131,7 +127,7 @@ class OnlineLoop:
         metrics, self._held_out, self._evaluations = self._held_out, Metrics(), 0
         if not self.parallel.is_last_stage:
             return
-        values = _held_out_names(metrics.reduce(self.parallel.dp_cp.group), self.tasks)
+        values = held_out(metrics.reduce(self.parallel.dp_cp.group), self.tasks)
         if self.report is not None:
             self.report.evaluation(self._step, values)
 
@@ -155,11 +151,17 @@ class OnlineLoop:
         for name in SCHEDULED:
             metrics.max(f"actor/{name}", getattr(now, name))
         metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
-        values = _finish(metrics.reduce(self.parallel.dp_cp.group))
+        values = finished(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
             self.report.step(self._step, values)
             if self._step % self.samples_interval == 0 or self._step == 1:
-                self.report.samples(self._step, self._sample_rows())
+                scored, batches = self._collected
+                assert scored.rewards is not None and self.forward_step.token_kl is not None
+                # Context-parallel ranks each know the KL of some tokens of a response only.
+                shows_kl = self.teacher is not None and self.parallel.cp.size == 1
+                token_kl = self.forward_step.token_kl if shows_kl else None
+                rows = sample_rows(scored.rollouts, scored.rewards, batches, token_kl, self.sampler.decode)
+                self.report.samples(self._step, rows)
         self._release()
 
     def before_save(self, iteration: int) -> None:
@@ -215,7 +217,14 @@ class OnlineLoop:
         batches = self._annotate(batches)
         self._clock.lap("teacher")
         if learns_from.rewards is not None:
-            self._measure(learns_from.rollouts, learns_from.rewards)
+            measure_rollouts(
+                self.forward_step.metrics,
+                learns_from.rollouts,
+                learns_from.rewards,
+                reward_weight=self.config.at(self._step).reward_weight,
+                tasks=self.tasks,
+                counts_tokens=self.parallel.cp.rank == 0,
+            )
         self._collected = learns_from, batches
         return batches
 
@@ -282,51 +291,6 @@ class OnlineLoop:
         payloads = self.teacher.annotate(batches)
         return [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
 
-    def _measure(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
-        metrics = self.forward_step.metrics
-        metrics.spread("critic/score", rewards)
-        metrics.spread("critic/rewards", self.config.at(self._step).reward_weight * rewards)
-        drawn = [prompt.task for prompt in rollouts.prompts]
-        for task in self.tasks:
-            of_task = torch.tensor([name == task for name in drawn], device=rewards.device)
-            metrics.mean(f"critic/score/{task}", rewards, weights=of_task.float())
-        lengths = rollouts.response_mask.sum(dim=1).float()
-        metrics.spread("response_length", lengths)
-        metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float())
-        prompt_lengths = torch.tensor([float(len(prompt.token_ids)) for prompt in rollouts.prompts])
-        metrics.mean("prompt_length/mean", prompt_lengths)
-        counted = float(lengths.sum()) + float(prompt_lengths.sum())
-        metrics.sum("perf/total_num_tokens", counted if self.parallel.cp.rank == 0 else 0.0)
-
-    def _sample_rows(self) -> list[Sample]:
-        """The responses of this replica's first micro-batches, with the KL of each of their tokens."""
-        assert self._collected is not None and self.forward_step.token_kl is not None
-        (scored, batches) = self._collected
-        rollouts, rewards = scored.rollouts, scored.rewards
-        assert rewards is not None
-        # Context-parallel ranks each know the KL of some tokens of a response.
-        shows_kl = self.teacher is not None and self.parallel.cp.size == 1
-        rows: list[Sample] = []
-        for batch, token_kl in zip(batches, self.forward_step.token_kl, strict=True):
-            if len(rows) >= SHOWN_SAMPLES:
-                break
-            for k in range(len(batch.tasks)):
-                row = len(rows)
-                prompt, of_row = rollouts.prompts[row], batch.sequence_of_token == k
-                rows.append(
-                    Sample(
-                        prompt=prompt.text,
-                        response=rollouts.responses[row],
-                        answer=prompt.answer,
-                        reward=float(rewards[row]),
-                        kl_per_token=tuple(token_kl[of_row].tolist()) if shows_kl else (),
-                        tokens=tuple(self.sampler.decode([i]) for i in _response_ids(rollouts, row)),
-                        task=prompt.task,
-                        truncated=rollouts.truncated[row],
-                    )
-                )
-        return rows
-
     def _evaluate_first(self, call: ScheduleCall) -> None:
         """What the student can do before its first step, by the loop that Megatron runs later: its calls come here."""
         if self._step > 0 or not self.args.do_valid:
@@ -341,10 +305,6 @@ def _copy_folder(checkpoints: str, iteration: int) -> Path:
     return Path(checkpoints) / "hybrid_teacher" / f"iter_{iteration:07d}"
 
 
-def _response_ids(rollouts: RolloutBatch, row: int) -> list[int]:
-    return [int(i) for i in rollouts.tokens[row][rollouts.response_mask[row]].tolist()]
-
-
 class _Clock:
     """Seconds of each stage."""
 
@@ -355,31 +315,3 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
-
-
-def _finish(values: dict[str, float]) -> dict[str, float]:
-    """Reduced scalars to what is reported: squared norms become norms, stage times one step time."""
-    for name in ("actor/grad_norm_dense", "actor/grad_norm_sparse"):
-        if name in values:
-            values[name] = math.sqrt(max(values[name], 0.0))
-    stages = [
-        values[f"timing_s/{name}"]
-        for name in ("rollout", "reward", "teacher", "update")
-        if f"timing_s/{name}" in values
-    ]
-    finish_metrics(values)
-    values["timing_s/step"] = sum(stages)
-    values["perf/throughput"] = values["perf/total_num_tokens"] / max(sum(stages), 1e-9)
-    return values
-
-
-def _held_out_names(values: dict[str, float], tasks: tuple[str, ...]) -> dict[str, float]:
-    """The numbers of an evaluation under their held-out names; no KL without a teacher."""
-    held_out = {"val/score": values["critic/score/mean"]}
-    if "actor/kl_loss" in values:
-        held_out["val/kl"] = values["actor/kl_loss"]
-        # Sum over tokens per response: the trajectory KL, which is what the objective weighs.
-        held_out["val/kl_per_response"] = values["actor/kl_loss"] * values["response_length/mean"]
-    held_out["val/entropy"] = values["actor/entropy"]
-    held_out["val/response_length"] = values["response_length/mean"]
-    return held_out | {f"val/score/{task}": values[f"critic/score/{task}"] for task in tasks}

@@ -44,11 +44,63 @@ class Prepared:
 
 
 def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
-    """Opens prompts, tokenizer and the teacher's arguments, and holds them against each other.
+    """Opens prompts, tokenizer and the teachers' arguments, and holds them against each other.
+
+    has_teacher  the forward step brings a teacher of its own
 
     Raises:
         ConfigError, DataError: see the messages; nothing has been built or written.
     """
+    _check_batches(args, config)
+    _check_teacher_settings(args, config, online, has_teacher)
+    room = args.seq_length - online.max_response_length
+    if room < 1:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} leaves no room to answer: responses may have "
+            f"{online.max_response_length} tokens (--hybrid-max-response-length), which leaves {room} for the prompt. "
+            "Raise one or lower the other."
+        )
+    teachers = parse_teachers(online.teacher_load) if online.teacher_load else None
+    tokenizer = _load_tokenizer(args)
+    if config.teacher_payload == "topk" and config.teacher_topk > len(tokenizer):
+        raise ConfigError(
+            f"teacher_topk is {config.teacher_topk}, but the tokenizer has {len(tokenizer)} tokens: there are no more "
+            "to choose. Lower --hybrid-teacher-topk, or use --hybrid-teacher-payload hidden for all of them."
+        )
+    paths = [path for path in teachers.sources if path != SELF] if teachers else []
+    teacher_args = {path: _teacher_args(path, tokenizer, args) for path in paths}
+
+    num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
+    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
+    if held_out is None:
+        if num_eval:
+            raise ConfigError(
+                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
+                "--hybrid-eval-prompts another file, or set --eval-iters 0."
+            )
+        held_out = training
+    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
+    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=room) for s in (training, held_out)]
+    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
+    if teachers is not None:
+        teachers.check_tasks(tasks)
+    rubric = default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward)
+    _open_run_dir(online.run_dir)  # the first thing that is written
+    return Prepared(
+        config=config,
+        online=online,
+        tokenizer=tokenizer,
+        prompts=streams[0],
+        eval_prompts=streams[1],
+        rubric=rubric,
+        tasks=tuple(sorted(tasks)),
+        teachers=teachers,
+        teacher_args=teacher_args,
+    )
+
+
+def _check_batches(args: Namespace, config: HybridConfig) -> None:
+    """Groups and collections of rollouts fit into Megatron's batches and checkpoints."""
     per_replica = args.global_batch_size // args.data_parallel_size
     if per_replica % config.group_size:
         raise ConfigError(
@@ -62,67 +114,44 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
             f"must hold whole groups: --micro-batch-size is {args.micro_batch_size}, group_size {config.group_size}. "
             "Use a multiple of group_size, or --hybrid-cost-baseline none."
         )
-    room = args.seq_length - online.max_response_length
+    if config.baseline == "reinforce_plus_plus" and args.global_batch_size * config.mini_batches < 2:
+        raise ConfigError(
+            "baseline 'reinforce_plus_plus' compares the responses of a collection, and --global-batch-size 1 makes "
+            "one at a time: it has nobody to be compared with. Raise it, or use baseline 'running_mean'."
+        )
     if args.save and args.save_interval and args.save_interval % (config.mini_batches * config.ppo_epochs):
         raise ConfigError(
             f"--save-interval {args.save_interval} falls in the middle of a collection of rollouts, from which "
             f"{config.mini_batches} mini-batches x {config.ppo_epochs} epochs of steps learn: a run resumed there "
             "would sample it anew, from other weights. Use a multiple of their product."
         )
-    if online.teacher_hint is not None and args.context_parallel_size > 1:
+
+
+def _check_teacher_settings(args: Namespace, config: HybridConfig, online: OnlineConfig, has_teacher: bool) -> None:
+    """Whoever is to be imitated is there, once, and can read what it is to read."""
+    if has_teacher and online.teacher_load is not None:
         raise ConfigError(
-            f"the teacher reads a hint that the student does not, and --context-parallel-size is "
-            f"{args.context_parallel_size}: a response token would lie on one rank for the student and on another for "
-            "the teacher. Use --context-parallel-size 1, or no --hybrid-teacher-hint."
-        )
-    if room < 1:
-        raise ConfigError(
-            f"--seq-length {args.seq_length} leaves no room to answer: responses may have "
-            f"{online.max_response_length} tokens (--hybrid-max-response-length), which leaves {room} for the prompt. "
-            "Raise one or lower the other."
+            f"HybridForwardStep has a teacher of its own, and teacher_load is {online.teacher_load!r}: one of the two "
+            "would be silently ignored. Leave one out."
         )
     if config.imitates and online.teacher_load is None and not has_teacher:
         raise ConfigError(
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
             "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
         )
-    teachers = parse_teachers(online.teacher_load) if online.teacher_load else None
-    tokenizer = _load_tokenizer(args)
-    teacher_args = (
-        {path: _teacher_args(path, tokenizer) for path in teachers.sources if path != SELF} if teachers else {}
-    )
-
-    num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
-    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
-    if held_out is None:
-        if num_eval:
-            raise ConfigError(
-                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
-                "--hybrid-eval-prompts another file, or set --eval-iters 0."
-            )
-        held_out = training
-    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
-    # With a hint in front the teacher may read more than --seq-length, but not beyond its positions.
-    longest = args.max_position_embeddings - online.max_response_length
-    streams = [
-        PromptStream(s, template, seed=args.seed, max_prompt_length=room, max_teacher_prompt_length=longest)
-        for s in (training, held_out)
-    ]
-    _open_run_dir(online.run_dir)
-    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
-    if teachers is not None:
-        teachers.check_tasks(tasks)
-    return Prepared(
-        config=config,
-        online=online,
-        tokenizer=tokenizer,
-        prompts=streams[0],
-        eval_prompts=streams[1],
-        rubric=default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward),
-        tasks=tuple(sorted(tasks)),
-        teachers=teachers,
-        teacher_args=teacher_args,
-    )
+    if online.teacher_hint is None:
+        return
+    if online.teacher_load is None and not has_teacher:
+        raise ConfigError(
+            "teacher_hint is what a teacher reads behind the question, but there is no teacher: give "
+            "--hybrid-teacher-load ('self' for a copy of the student), or leave the hint out."
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"the teacher reads a hint that the student does not, and --context-parallel-size is "
+            f"{args.context_parallel_size}: a response token would lie on one rank for the student and on another for "
+            "the teacher. Use --context-parallel-size 1, or no --hybrid-teacher-hint."
+        )
 
 
 def _load_tokenizer(args: Namespace) -> Any:
@@ -162,9 +191,10 @@ def _open_run_dir(folder: str) -> None:
     journal.read(Path(folder) / "metrics.jsonl")
 
 
-def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
-    """The teacher's stored arguments, once its token ids are known to mean what the student's mean."""
+def _teacher_args(checkpoint: str, tokenizer: Any, args: Namespace) -> dict[str, Any]:
+    """The teacher's stored arguments, once it is known to fit the job and that its token ids are the student's."""
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
+    from megatron_hybrid.mcore.second_model import frozen_args
 
     stored = load_megatron_args(checkpoint)
     theirs = stored.get("hybrid_tokenizer_fingerprint")
@@ -189,4 +219,5 @@ def _teacher_args(checkpoint: str, tokenizer: Any) -> dict[str, Any]:
             checkpoint,
             stored.get("tokenizer_type"),
         )
+    frozen_args(args, stored)
     return stored

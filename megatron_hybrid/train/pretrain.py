@@ -69,6 +69,11 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     forward_step.config = from_flags
     online = OnlineConfig.from_args(arguments)
     if online.prompts is None:
+        if online.teacher_load is not None or forward_step.teacher is not None:
+            raise ConfigError(
+                "there is a teacher, but no --hybrid-prompts: without prompts the script's own data is trained on, and "
+                "the teacher would be silently ignored. Give the prompts, or leave the teacher out."
+            )
         return pretrain(*args, **kwargs)
 
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)

@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "file_reward": "math_answer",
     "truncated_reward": -0.5,
     "gradient_norms_interval": 4,
+    "backend": "compile",
     "divergence": "jsd",
     "divergence_mix": 0.25,
     "baseline_decay": 0.5,

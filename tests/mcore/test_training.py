@@ -13,8 +13,9 @@ from megatron_hybrid.mcore.training import refuse_unsupported
 
 def job(**changes: Any) -> Namespace:
     settings = {
-        "context_parallel_size": 1,
-        "sequence_parallel": False,
+        "num_experts": None,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
         "calculate_per_token_loss": True,
         "mtp_num_layers": None,
         "expert_model_parallel_size": 1,
@@ -35,6 +36,9 @@ def test_a_plain_job_is_not_refused():
     ("setting", "message"),
     [
         ({"calculate_per_token_loss": False}, "one global normaliser.*Add --calculate-per-token-loss"),
+        ({"num_experts": 4, "moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff is 0.01: .*Set it to 0"),
+        ({"num_experts": 4, "moe_aux_loss_coeff": [0.0, 0.1]}, "--moe-aux-loss-coeff is .*Set it to 0"),
+        ({"num_experts": 4, "moe_z_loss_coeff": 0.001}, "--moe-z-loss-coeff is 0.001: .*Set it to 0"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers: .*train without them"),
         ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size above 1 is not supported.*train without"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp is not supported"),

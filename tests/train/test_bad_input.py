@@ -86,8 +86,9 @@ def folder(tmp_path_factory, rank_pool):
         "other_ids": {"vocab_size": size, "hybrid_tokenizer_fingerprint": other, "tokenizer_model": "their/tokenizer"},
         "other_ids_by_folder": {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(reordered)},
         "other_size": {"vocab_size": size - 4, "hybrid_tokenizer_fingerprint": same},
+        "odd_depth": {"num_layers": 3, "vocab_size": size, "hybrid_tokenizer_fingerprint": same},
     }.items():
-        pool.run(save_arguments, str(path / name), arguments)
+        pool.run(save_arguments, str(path / name), {"num_layers": 4, "position_embedding_type": "rope"} | arguments)
     (path / "no_checkpoint").mkdir()
     return path
 
@@ -210,6 +211,54 @@ CASES = [
         "DataError",
         "nowhere is no torch_dist checkpoint: .*was expected",
     ),
+    (
+        "teacher of a task that is not there",
+        {"hybrid_teacher_load": "chess={folder}/fitting"},
+        "ConfigError",
+        "names a teacher for each of chess, but the prompts also have the task",
+    ),
+    (
+        "hint without a teacher",
+        {"hybrid_teacher_hint": "The answer is {{answer}}."},
+        "ConfigError",
+        "teacher_hint is what a teacher reads .*, but there is no teacher: give --hybrid-teacher-load",
+    ),
+    (
+        "more tokens than there are",
+        {"hybrid_teacher_payload": "topk", "hybrid_teacher_topk": 17, "hybrid_teacher_load": "{folder}/fitting"},
+        "ConfigError",
+        "teacher_topk is 17, but the tokenizer has 16 tokens: .*Lower",
+    ),
+    (
+        "floor beside a bucket",
+        {"hybrid_teacher_payload": "topk", "hybrid_teacher_logit_floor": -50.0},
+        "ConfigError",
+        "teacher_logit_floor is -50.0, but teacher_payload is 'topk'",
+    ),
+    (
+        "teacher without prompts",
+        {"hybrid_prompts": None, "hybrid_teacher_load": "self"},
+        "ConfigError",
+        "no --hybrid-prompts",
+    ),
+    # Collections and batches.
+    (
+        "batch of one",
+        {
+            "hybrid_baseline": "reinforce_plus_plus",
+            "hybrid_group_size": 1,
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+        },
+        "ConfigError",
+        "'reinforce_plus_plus' .*--global-batch-size 1 .*Raise it, or use",
+    ),
+    (
+        "checkpoint inside a collection",
+        {"hybrid_mini_batches": 2, "hybrid_ppo_epochs": 2, "save": "{folder}/saved", "save_interval": 6},
+        "ConfigError",
+        "--save-interval 6 falls in the middle .*2 mini-batches x 2 epochs",
+    ),
     # The job.
     (
         "no chat tokenizer",
@@ -241,11 +290,19 @@ def test_a_mistake_is_found_before_a_model_is_built(rank_pool, folder, overrides
     [
         ({"num_experts": 4, "expert_model_parallel_size": 2}, "--expert-model-parallel-size above 1 is not supported"),
         (
-            {"context_parallel_size": 2, "hybrid_teacher_hint": "The answer is {{answer}}."},
+            {
+                "context_parallel_size": 2,
+                "hybrid_teacher_hint": "The answer is {{answer}}.",
+                "hybrid_teacher_load": "{folder}/fitting",
+            },
             "--context-parallel-size is 2: a response token would lie on one rank for the student",
         ),
+        (
+            {"pipeline_model_parallel_size": 2, "hybrid_teacher_load": "{folder}/odd_depth"},
+            "the teacher has 3 layers, which 2 pipeline stages .* cannot share evenly",
+        ),
     ],
-    ids=["expert parallel", "hint under context parallel"],
+    ids=["expert parallel", "hint under context parallel", "teacher that the stages cannot share"],
 )
 def test_a_layout_the_hybrid_path_cannot_honour_is_refused(rank_pool, folder, overrides, message):
     # Megatron itself drops these flags in a job of one rank.

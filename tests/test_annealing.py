@@ -2,14 +2,14 @@
 
 import pytest
 
+from megatron_hybrid.annealing import annealed
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.schedules import schedule
 
 
 def values(text: str, steps: list[int], value: float = 2.0) -> list[float]:
-    at = schedule("reward_weight", text, value)
-    return [at(step) for step in steps]
+    setting = annealed("reward_weight", text, value)
+    return [setting.at(step) for step in steps]
 
 
 def test_a_constant_is_the_setting_itself():
@@ -37,13 +37,14 @@ def test_stairs_are_the_setting_first_and_then_each_value_from_its_step_on():
         ("linear:a:3", "cannot be read"),
         ("cosine:1:0", "0 steps are too few"),
         ("steps:1@5,2@5", "steps must rise"),
+        ("steps:1@-5", "steps must rise from 0 on"),
         ("ramp:1:5", "has no shape"),
         ("", "has no shape"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_setting(text: str, words: str):
     with pytest.raises(ConfigError, match=rf"^discount_schedule .*{words}"):
-        schedule("discount", text, 1.0)
+        annealed("discount", text, 1.0)
 
 
 def test_a_config_knows_its_weights_at_each_step():
@@ -65,7 +66,12 @@ def test_a_config_knows_its_weights_at_each_step():
             {"imitation_weight_schedule": "steps:0@10", "reward_weight_schedule": "steps:0@20"},
             "both 0 from step 20 on, so there is nothing to learn",
         ),
-        ({"divergence": "jsd", "discount": 0.0, "discount_schedule": "steps:1@5"}, "one-step loss"),
+        (
+            {"divergence": "jsd", "discount": 0.0, "discount_schedule": "steps:1@5"},
+            r"one-step loss.*discount \(1.0 from step 5 on\)",
+        ),
+        ({"reward_weight_schedule": "steps:-1@ 100,1@200"}, "reward_weight must be a finite number >= 0, got -1.0"),
+        ({"reward_weight_schedule": "steps:-1@1_00,1@200"}, "reward_weight must be a finite number >= 0, got -1.0"),
     ],
 )
 def test_a_schedule_is_validated_over_all_of_training(settings, words):

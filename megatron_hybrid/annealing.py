@@ -1,8 +1,8 @@
 """Settings that change over training, as text on the command line and as a number at each step.
 
     constant                     the setting's own value V
-    linear:FROM:STEPS            FROM at step 0, V from STEPS on, straight between
-    cosine:FROM:STEPS            likewise, along half a cosine: slow, fast, slow
+    linear:FROM:STEPS            FROM + (V - FROM) t,  t = min(step / STEPS, 1)
+    cosine:FROM:STEPS            FROM + (V - FROM) (1 - cos(pi t)) / 2:  slow, fast, slow
     steps:VALUE@STEP,VALUE@STEP  V, and from each STEP on the VALUE before it
 
 A step counts optimizer steps that are done. Standard library only: settings are validated before anything is loaded.
@@ -10,14 +10,25 @@ A step counts optimizer steps that are done. Standard library only: settings are
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from megatron_hybrid.errors import ConfigError
 
 FORMS = "constant, linear:FROM:STEPS, cosine:FROM:STEPS or steps:VALUE@STEP,VALUE@STEP"
 
 
-def schedule(name: str, text: str, value: float) -> Callable[[int], float]:
-    """The value of setting `name` at each step; `value` is what the setting itself says.
+@dataclass(frozen=True)
+class Annealed:
+    """One setting over training."""
+
+    at: Callable[[int], float]
+    """Its value once so many steps are done."""
+    turning_points: tuple[int, ...]
+    """Steps between which it only rises or only falls, the first and one of the last included."""
+
+
+def annealed(name: str, text: str, value: float) -> Annealed:
+    """Setting `name` as the text of its schedule has it; `value` is what the setting itself says.
 
     Raises:
         ConfigError: the text is none of the forms, or its numbers are out of order.
@@ -25,7 +36,7 @@ def schedule(name: str, text: str, value: float) -> Callable[[int], float]:
     shape, _, rest = text.partition(":")
     try:
         if text == "constant":
-            return lambda step: value
+            return Annealed(lambda step: value, (0,))
         if shape in ("linear", "cosine"):
             start, steps = rest.split(":")
             return _ramp(shape, float(start), value, int(steps))
@@ -37,7 +48,7 @@ def schedule(name: str, text: str, value: float) -> Callable[[int], float]:
     raise ConfigError(f"{name}_schedule {text!r} has no shape of {FORMS}.")
 
 
-def _ramp(shape: str, start: float, end: float, steps: int) -> Callable[[int], float]:
+def _ramp(shape: str, start: float, end: float, steps: int) -> Annealed:
     if steps < 1:
         raise ValueError(f"{steps} steps are too few to change over")
 
@@ -47,15 +58,15 @@ def _ramp(shape: str, start: float, end: float, steps: int) -> Callable[[int], f
             share = (1 - math.cos(math.pi * share)) / 2
         return start + (end - start) * share if share < 1 else end
 
-    return at
+    return Annealed(at, (0, steps))
 
 
-def _stairs(value: float, stairs: list[tuple[int, float]]) -> Callable[[int], float]:
+def _stairs(value: float, stairs: list[tuple[int, float]]) -> Annealed:
     steps = [step for step, _ in stairs]
-    if steps != sorted(set(steps)):
-        raise ValueError(f"steps must rise, got {steps}")
+    if steps != sorted(set(steps)) or steps[0] < 0:
+        raise ValueError(f"steps must rise from 0 on, got {steps}")
 
     def at(step: int) -> float:
         return next((number for first, number in reversed(stairs) if step >= first), value)
 
-    return at
+    return Annealed(at, (0, *steps))

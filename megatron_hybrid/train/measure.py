@@ -1,0 +1,112 @@
+"""What is said of a step: numbers of its rollouts, its samples, and reduced scalars under their final names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.metrics import Metrics
+from megatron_hybrid.records import HybridMicrobatch, RolloutBatch
+from megatron_hybrid.returns.corrections import finish_metrics
+from megatron_hybrid.rollouts.assemble import Decode
+from megatron_hybrid.train.samples import Sample
+
+SHOWN_SAMPLES = 16
+"""Responses in an entry of the table of samples, at least; whole micro-batches are shown."""
+
+
+def measure_rollouts(
+    metrics: Metrics,
+    rollouts: RolloutBatch,
+    rewards: Tensor,
+    *,
+    reward_weight: float,
+    tasks: Sequence[str],
+    counts_tokens: bool,
+) -> None:
+    """Adds what rollouts of one replica say by themselves.
+
+    rewards        [b] fp32
+    tasks          every task there can be: ranks must report the same names, whatever they drew
+    counts_tokens  False where another rank holds, and counts, the same rollouts
+    """
+    metrics.spread("critic/score", rewards)
+    metrics.spread("critic/rewards", reward_weight * rewards)
+    drawn = [prompt.task for prompt in rollouts.prompts]
+    for task in tasks:
+        of_task = torch.tensor([name == task for name in drawn], device=rewards.device)
+        metrics.mean(f"critic/score/{task}", rewards, weights=of_task.float())
+    lengths = rollouts.response_mask.sum(dim=1).float()
+    metrics.spread("response_length", lengths)
+    metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float())
+    prompt_lengths = torch.tensor([float(len(prompt.token_ids)) for prompt in rollouts.prompts])
+    metrics.mean("prompt_length/mean", prompt_lengths)
+    counted = float(lengths.sum()) + float(prompt_lengths.sum())
+    metrics.sum("perf/total_num_tokens", counted if counts_tokens else 0.0)
+
+
+def sample_rows(
+    rollouts: RolloutBatch,
+    rewards: Tensor,
+    batches: Sequence[HybridMicrobatch],
+    token_kl: Sequence[Tensor] | None,
+    decode: Decode,
+) -> list[Sample]:
+    """The responses of the first micro-batches.
+
+    rewards   [b] fp32
+    token_kl  [n] of each micro-batch, nats; None: not shown
+    """
+    rows: list[Sample] = []
+    of_batches = [None] * len(batches) if token_kl is None else token_kl
+    for batch, of_batch in zip(batches, of_batches, strict=True):
+        if len(rows) >= SHOWN_SAMPLES:
+            break
+        for k in range(len(batch.tasks)):
+            row = len(rows)
+            prompt, ids = rollouts.prompts[row], rollouts.tokens[row][rollouts.response_mask[row]]
+            kl = () if of_batch is None else tuple(of_batch[batch.sequence_of_token == k].tolist())
+            rows.append(
+                Sample(
+                    prompt=prompt.text,
+                    response=rollouts.responses[row],
+                    answer=prompt.answer,
+                    reward=float(rewards[row]),
+                    kl_per_token=kl,
+                    tokens=tuple(decode([i]) for i in ids.tolist()),
+                    task=prompt.task,
+                    truncated=rollouts.truncated[row],
+                )
+            )
+    return rows
+
+
+def finished(values: dict[str, float]) -> dict[str, float]:
+    """Reduced scalars to what is reported, changed in place: squared norms to norms, stage times to one step time."""
+    for name in ("actor/grad_norm_dense", "actor/grad_norm_sparse"):
+        if name in values:
+            values[name] = math.sqrt(max(values[name], 0.0))
+    stages = [
+        values[f"timing_s/{name}"]
+        for name in ("rollout", "reward", "teacher", "update")
+        if f"timing_s/{name}" in values
+    ]
+    finish_metrics(values)
+    values["timing_s/step"] = sum(stages)
+    values["perf/throughput"] = values["perf/total_num_tokens"] / max(sum(stages), 1e-9)
+    return values
+
+
+def held_out(values: dict[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    """The numbers of an evaluation under their held-out names; no KL without a teacher."""
+    named = {"val/score": values["critic/score/mean"]}
+    if "actor/kl_loss" in values:
+        named["val/kl"] = values["actor/kl_loss"]
+        # Sum over tokens per response: the trajectory KL, which is what the objective weighs.
+        named["val/kl_per_response"] = values["actor/kl_loss"] * values["response_length/mean"]
+    named["val/entropy"] = values["actor/entropy"]
+    named["val/response_length"] = values["response_length/mean"]
+    return named | {f"val/score/{task}": values[f"critic/score/{task}"] for task in tasks}
