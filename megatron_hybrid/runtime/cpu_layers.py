@@ -103,7 +103,7 @@ def _attention_forward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if packed_seq_params is None:
             starts = torch.tensor([0, length], device=query.device)
         else:
-            starts = _starts(packed_seq_params, length)
+            starts = _starts(packed_seq_params, length, cp_size)
         return _attend(self, *rows, starts=starts, group=group, cp_size=cp_size)
 
     return call
@@ -149,8 +149,13 @@ def _places(starts: Tensor, rank: int, cp_size: int) -> tuple[Tensor, Tensor]:
     return sequence, row + torch.where(row < chunk, rank, 2 * cp_size - 2 - rank) * chunk
 
 
-def _starts(packed: Any, length: int) -> Tensor:
-    """Borders of packed sequences, padding between them counted as Megatron's own RoPE does it."""
+def _starts(packed: Any, length: int, cp_size: int) -> Tensor:
+    """Borders of packed sequences, padding between them counted as Megatron's own RoPE does it.
+
+    Raises:
+        ConfigError: a layout other than `thd`.
+        ShapeError: positions that belong to no sequence, or a sequence that context-parallel ranks cannot share.
+    """
     if packed.qkv_format != "thd":
         raise ConfigError(
             f"packed sequences came in the layout {packed.qkv_format!r}, which this attention does not know: pack them "
@@ -161,6 +166,13 @@ def _starts(packed: Any, length: int) -> Tensor:
         raise ShapeError(
             f"packed sequences end at {int(starts[-1])}, but the row has {length} positions on all context-parallel "
             "ranks together: positions behind the last sequence would belong to none. Give the tail its own entry."
+        )
+    lengths = starts.diff()
+    if cp_size > 1 and bool((lengths % (2 * cp_size)).any()):
+        raise ShapeError(
+            f"packed sequences have the lengths {lengths.tolist()}, padding included, but {cp_size} context-parallel "
+            f"ranks take two chunks of each: their rows would attend at wrong positions. Pad every sequence to a "
+            f"multiple of {2 * cp_size}."
         )
     return starts.long()
 

@@ -255,6 +255,14 @@ def test_borders_that_leave_positions_to_nobody_are_refused(layer):
         layer()(q, k, v, None, packed_seq_params=packing(0, 8, qkv_format="sbhd"))
 
 
+def test_packed_sequences_that_context_parallel_ranks_cannot_share_are_refused(layer):
+    q, k, v = (x.squeeze(1)[:4] for x in qkv())  # this rank's half
+    attention = layer(context_parallel_size=2)
+    attention.pg_collection.cp = None  # not reached
+    with pytest.raises(ShapeError, match=r"lengths \[3, 5\].* 2 context-parallel ranks .*multiple of 4"):
+        attention(q, k, v, None, packed_seq_params=packing(0, 3, 8))
+
+
 def test_a_norm_is_marked_under_sequence_parallelism_only(layer):
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
