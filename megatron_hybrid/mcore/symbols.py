@@ -25,6 +25,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.inference.contexts", "StaticInferenceContext"),
     ("megatron.core.models.gpt", "GPTModel"),
     ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
+    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
     ("megatron.core.packed_seq_params", "PackedSeqParams"),
     ("megatron.core.parallel_state", "destroy_model_parallel"),
     ("megatron.core.parallel_state", "get_context_parallel_group"),
@@ -106,11 +107,22 @@ def check_parameters(path: str, function: Any, expected: tuple[str, ...]) -> Non
         )
 
 
+def check_used(path: str, function: Any, names: tuple[str, ...]) -> None:
+    """Raises MegatronMismatch where the code of `function` no longer uses the names that we rely on its using."""
+    missing = [name for name in names if name not in inspect.unwrap(function).__code__.co_names]
+    if missing:
+        raise MegatronMismatch(
+            f"{path} of megatron-core {megatron_version()} does not use {', '.join(missing)}, through which this "
+            f"package reaches the hidden states (seen with {SEEN_VERSIONS}). Install that version, or adapt "
+            "megatron_hybrid/mcore."
+        )
+
+
 def check_megatron() -> None:
     """Looks at every borrowed symbol; call before a model is built.
 
     Raises:
-        MegatronMismatch: a symbol or a parameter is missing.
+        MegatronMismatch: a symbol, a parameter or an attribute is missing.
         ConfigError: the `apex` that is installed is not NVIDIA's.
     """
     check_apex()
@@ -120,6 +132,8 @@ def check_megatron() -> None:
         check_parameters(f"{module}.{name}", borrow(module, name), expected)
     gpt = borrow("megatron.core.models.gpt", "GPTModel")
     check_parameters("GPTModel.forward", gpt.forward, ("output_processor", "output_processor_context"))
+    hybrid = borrow("megatron.core.models.hybrid.hybrid_model", "HybridModel")
+    check_used("HybridModel.forward", hybrid.forward, ("post_process", "output_layer", "_scale_logits"))
 
 
 def check_apex() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training import training
 
 from megatron_hybrid.errors import ConfigError, MegatronMismatch
@@ -73,6 +74,14 @@ def test_a_model_without_an_output_processor_is_refused(monkeypatch):
     with pytest.raises(
         MegatronMismatch, match="GPTModel.forward .* has no parameter output_processor, output_processor"
     ):
+        check_megatron()
+
+
+@pytest.mark.parametrize("missing", ["post_process", "output_layer", "_scale_logits"])
+def test_a_hybrid_model_that_we_cannot_reach_into_is_refused(monkeypatch, missing):
+    used = [name for name in ("post_process", "output_layer", "_scale_logits") if name != missing]
+    monkeypatch.setattr(HybridModel, "forward", eval(f"lambda self: ({', '.join(f'self.{name}' for name in used)})"))
+    with pytest.raises(MegatronMismatch, match=f"HybridModel.forward of .* does not use {missing}, through which"):
         check_megatron()
 
 
