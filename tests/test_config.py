@@ -39,11 +39,22 @@ def test_every_setting_explains_itself_to_the_command_line(kind: type) -> None:
             "baseline must be one of none, rloo, grpo, .*; got 'rlo'. Did you mean 'rloo'",
         ),
         ({"aggregation": "token_mean"}, "Did you mean 'token-mean'"),
-        ({"backend": "cuda-graphs"}, "backend must be one of torch; got 'cuda-graphs'"),
+        ({"backend": "cuda-graphs"}, "backend must be one of torch, .*; got 'cuda-graphs'"),
         ({"group_size": 0, "baseline": "none"}, "group_size must be at least 1, got 0"),
         ({"group_size": 1}, "Use group_size >= 2, or baseline 'none'"),
         ({"group_size": 1, "baseline": "grpo"}, "baseline 'grpo' compares the responses to one prompt"),
         ({"student_temperature": 0.0}, "student_temperature must be a finite number > 0, got 0.0"),
+        ({"baseline_decay": 1.0}, r"baseline_decay must lie in \[0, 1\), got 1.0"),
+        ({"rollout_is_threshold": 0.5}, "rollout_is_threshold must be at least 1, got 0.5"),
+        ({"clip_ratio_low": 0.0}, "clip_ratio_low must be above 0"),
+        ({"clip_ratio_low": 1.5}, "clip_ratio_low at most 1"),
+        ({"mini_batches": 0}, "mini_batches must be at least 1, got 0"),
+        ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
+        ({"teacher_topk": 0}, "teacher_topk must be at least 1, got 0"),
+        ({"divergence": "jsd", "discount": 0.0, "divergence_mix": 1.0}, "divergence_mix must lie strictly between"),
+        ({"divergence": "jsd"}, r"one-step loss.*discount \(1.0\)"),
+        ({"divergence": "jsd", "discount": 0.0, "teacher_payload": "topk"}, "needs the teacher's whole distribution"),
+        ({"teacher_logit_floor": float("nan")}, "teacher_logit_floor must be finite, got nan"),
         ({"teacher_temperature": float("inf")}, "teacher_temperature must be a finite number > 0, got inf"),
     ],
 )
@@ -79,3 +90,23 @@ def test_a_setting_cannot_be_changed_after_it_was_checked() -> None:
 
 def test_a_config_error_is_caught_as_ours_and_as_a_value_error() -> None:
     assert issubclass(ConfigError, HybridError) and issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_ema_decay": 0.9}, "only a copy of the student changes"),
+        ({"teacher_refresh_interval": 3, "teacher_load": "there/is/self"}, "only a copy of the student changes"),
+        ({"teacher_load": "self", "teacher_ema_decay": 1.0}, r"teacher_ema_decay must lie in \[0, 1\), got 1.0"),
+        ({"teacher_load": "self", "teacher_refresh_interval": 0}, "must be at least 1, got 0"),
+        ({"teacher_load": "self", "teacher_refresh_interval": 1, "teacher_ema_decay": 0.5}, "are both set"),
+    ],
+)
+def test_a_copy_of_the_student_follows_in_one_way_and_only_where_there_is_one(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OnlineConfig(**settings)
+
+
+@pytest.mark.parametrize("load", ["self", "math=self,*=folder", "0.5*self,0.5*folder", "a=folder, b=self"])
+def test_a_copy_may_be_one_of_several_teachers(load):
+    assert OnlineConfig(teacher_load=load, teacher_ema_decay=0.9).teacher_ema_decay == 0.9

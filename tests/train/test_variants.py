@@ -34,6 +34,7 @@ def start(rank_pool, folder) -> dict[str, Any]:
 
 
 def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str) -> bool:
+    """Equal up to fp32 sums in another order, over two or three steps: some tens of roundings of 6e-8."""
     return all(a[name] == pytest.approx(b[name], rel=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -60,8 +61,14 @@ def test_another_divergence_is_trained_on_and_both_are_reported(rank_pool, folde
     only = {"hybrid_discount": 0, "hybrid_reward_weight": 0, "hybrid_imitation_weight": 1.0}
     only |= {"train_iters": 12, "lr": 1e-2, "min_lr": 1e-2}
     found = records(rank_pool, folder, divergence, hybrid_divergence=divergence, **only)
-    assert found[0]["actor/distillation/loss"] != pytest.approx(found[0]["actor/kl_loss"], rel=0.01)
-    assert found[-1]["actor/distillation/loss"] < 0.7 * found[0]["actor/distillation/loss"]
+    other = records(rank_pool, folder, f"{divergence} not", **only | {"train_iters": 1})
+    # Same student, same responses: only the divergence differs. Its value may come close to the KL's (forward_kl: to
+    # 6e-4 here), its gradient does not; equal ones would agree to 1e-6.
+    assert found[0]["actor/kl_loss"] == other[0]["actor/kl_loss"]
+    assert found[0]["actor/distillation/loss"] != pytest.approx(other[0]["actor/kl_loss"], rel=1e-4)
+    assert found[0]["actor/grad_norm"] != pytest.approx(other[0]["actor/grad_norm"], rel=1e-2)
+    # Twelve steps of Adam at 1e-2 move the student visibly; by how much is not what is tested.
+    assert found[-1]["actor/distillation/loss"] < found[0]["actor/distillation/loss"]
 
 
 def test_topk_of_the_whole_vocabulary_is_the_whole_teacher(rank_pool, folder, plain):
@@ -99,6 +106,24 @@ def test_one_collection_serves_mini_batches_and_epochs(rank_pool, folder):
     assert max(record["actor/pg_clipfrac"] for record in found) > 0
 
 
+def test_a_run_stopped_between_collections_goes_on_exactly_and_inside_one_says_so(rank_pool, folder, caplog):
+    fixed = {"train_iters": 6, "lr_decay_iters": 6, "hybrid_mini_batches": 2, "save_interval": 2}
+
+    def flags(name: str, **more: Any) -> dict[str, Any]:
+        return fixed | {"save": f"{folder}/{name}-checkpoints"} | more
+
+    whole = records(rank_pool, folder, "batches", **flags("batches"))
+    records(rank_pool, folder, "batches-parts", **flags("batches-parts", exit_interval=4))
+    load = {"load": f"{folder}/batches-parts-checkpoints"}
+    assert records(rank_pool, folder, "batches-parts", **flags("batches-parts", **load)) == whole
+    # Megatron also saves where it is stopped, and that may be anywhere.
+    records(rank_pool, folder, "batches-cut", **flags("batches-cut", exit_interval=3))
+    load = {"load": f"{folder}/batches-cut-checkpoints"}
+    cut = records(rank_pool, folder, "batches-cut", **flags("batches-cut", **load))
+    assert cut[:3] == whole[:3]
+    assert [record["training/policy_age"] for record in cut] == [0, 1, 0, 0, 0, 1]
+
+
 def test_schedules_are_followed_and_reported(rank_pool, folder):
     found = records(
         rank_pool,
@@ -117,8 +142,8 @@ def test_schedules_are_followed_and_reported(rank_pool, folder):
 def test_a_fixed_copy_of_the_student_starts_at_no_distance(rank_pool, folder):
     found = records(rank_pool, folder, "self", hybrid_teacher_load="self", train_iters=4)
     distances = [record["actor/kl_loss"] for record in found]
-    assert abs(distances[0]) < 1e-9
-    assert distances[3] > 1e-6
+    assert abs(distances[0]) < 1e-9  # equal weights, equal bits: the KL is that of p and p
+    assert distances[3] > 1e-6  # three steps of 3e-3 move it by far more than fp32 resolves
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""The credit of a step: the settings as their schedules have them then, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.metrics import Metrics
+from megatron_hybrid.parallel import ParallelContext
+from megatron_hybrid.records import Prompt, RolloutBatch, TokenStats
+from megatron_hybrid.train.credit import Credit, Scored
+
+KL = torch.tensor([0.5, 0.25, 1.0, 2.0])
+"""Two responses of two tokens."""
+
+
+def scored() -> Scored:
+    mask = torch.tensor([[False, True, True]] * 2)
+    batch = RolloutBatch(
+        prompts=(Prompt(0, (1,), "", "task"),) * 2,
+        tokens=torch.ones(2, 3, dtype=torch.long),
+        response_mask=mask,
+        sampled_logprobs=torch.where(mask, -1.0, 0.0),
+        group_id=torch.zeros(2, dtype=torch.long),
+        truncated=(False,) * 2,
+        responses=("",) * 2,
+        temperature=1.0,
+        policy_version=0,
+        seed=0,
+    )
+    return Scored(batch, torch.tensor([1.0, 0.0]))
+
+
+def weights(config: HybridConfig, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Imitation weight and advantage of the four tokens, on-policy."""
+    credit = Credit(config, ParallelContext())
+    sequence, column = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 1, 2])
+    weigh = credit.credit_for(credit.collected(scored()), step=step, metrics=Metrics())(slice(0, 2), sequence, column)
+    return weigh(TokenStats(KL, torch.full((4,), -1.0), torch.full((4,), -1.5), KL))
+
+
+def test_weights_and_discount_are_those_of_the_step():
+    config = HybridConfig(
+        baseline="none",
+        cost_baseline="none",
+        reward_weight=2.0,
+        reward_weight_schedule="linear:0:2",
+        imitation_weight=1.0,
+        imitation_weight_schedule="steps:3@2",
+        discount=1.0,
+        discount_schedule="steps:0.5@1",
+    )
+    future = torch.tensor([0.25, 0.0, 2.0, 0.0])
+    for step, (reward, imitation, discount) in enumerate([(0.0, 1.0, 1.0), (1.0, 1.0, 0.5), (2.0, 3.0, 0.5)]):
+        dense, advantage = weights(config, step)
+        expected = reward * torch.tensor([1.0, 1.0, 0.0, 0.0]) - imitation * discount * future
+        assert torch.equal(advantage, expected), step
+        assert torch.equal(dense, torch.full((4,), imitation))
+
+
+def test_a_running_mean_is_that_of_earlier_collections_and_is_kept():
+    credit = Credit(HybridConfig(baseline="running_mean", baseline_decay=0.5), ParallelContext())
+    advantages = [credit.collected(scored()).advantages for _ in range(2)]
+    assert advantages[0] is not None and advantages[0].tolist() == [1.0, 0.0], "nothing is known at first"
+    assert advantages[1] is not None and advantages[1].tolist() == [0.5, -0.5]
+    other = Credit(credit.config, ParallelContext())
+    other.load(credit.state())
+    assert other.running_mean == credit.running_mean
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "none"])
+def test_a_baseline_that_remembers_nothing_keeps_nothing(baseline: str):
+    """Zeros in its place would pass for a mean when a later run resumes with `running_mean`."""
+    credit = Credit(HybridConfig(baseline=baseline), ParallelContext())
+    credit.collected(scored())
+    assert credit.state() == {}
+
+
+def test_a_stage_without_rewards_has_no_advantages():
+    credit = Credit(HybridConfig(), ParallelContext())
+    nothing = Scored(scored().rollouts, None)
+    assert credit.collected(nothing) is nothing
