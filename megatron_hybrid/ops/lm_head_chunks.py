@@ -1,0 +1,199 @@
+"""LM heads applied to a chunk of tokens at a time, and the products that take a chunk's gradient back through them.
+
+    logits      z = cap tanh(s h W^T / cap)      s: MuP's factor, cap: softcap; plain h W^T without them     [r, v/tp]
+    gradients   dh = dz W   [r, h], complete for its rows       dW += dz^T h   [v/tp, h], fp32 over all chunks
+
+Data in: hidden states, head shards, dloss/dz of one chunk.  Collectives: with several tensor-parallel ranks one
+asynchronous all-reduce of [r, h] per chunk, behind the dW product; none where the caller reduces dh himself.
+Memory: a chunk's logits of student and teacher (with a softcap the student's twice); dz overwrites z. dW's fp32 sum is
+Megatron's `main_grad` where there is one.
+Not here: which rows count, what the gradient is, autograd. A head with a bias is declined.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hybrid.collectives import gather_ranks
+from megatron_hybrid.ops.call import Call
+from megatron_hybrid.ops.eager import row_blocks
+from megatron_hybrid.parallel import Group, GroupView
+
+CPU_CHUNK = 512
+"""Tokens of a chunk on a CPU, whatever memory it has. Measured: matrix products are at full speed from 256 on, and
+logits of more tokens only leave the cache."""
+MOST_TOKENS = 8192
+"""Tokens of a chunk elsewhere, at most. Each chunk reads and writes dW's fp32 sum once: 8 bytes for 2 r multiply-adds,
+on an H100 (990 TFLOP/s, 3.35 TB/s) as much time as the dW product at r = 1200, a seventh of it here."""
+LEAST_TOKENS = 256
+"""Below it, products cannot fill an accelerator; where even these logits do not fit, nothing would."""
+_FREE_SHARE = 8
+"""A chunk's logits may take one part in so many of the device's free memory: activations of the backward pass that
+follows want the rest."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns h W^T into logits."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(z [r, v/tp], what the softcap was applied to or None), both new and in the weight's dtype."""
+        raw = torch.mm(hidden, weight.t())
+        if self.scale != 1:
+            raw.mul_(self.scale)
+        if self.softcap is None:
+            return raw, None
+        z = torch.empty_like(raw)
+        for start, stop in row_blocks(len(raw), raw.shape[1], raw):  # fp32 inside: one rounding in place of three
+            z[start:stop] = torch.div(raw[start:stop].float(), self.softcap).tanh_().mul_(self.softcap)
+        return z, raw
+
+    def through_softcap(self, gradient: Tensor, raw: Tensor) -> None:
+        """Multiplies gradient [r, v/tp] by dz/draw = cosh(raw/cap)^-2 in place.
+
+        Not 1 - tanh^2, which has no digits left where the cap is nearly reached; an overflow of cosh is a true 0.
+        """
+        assert self.softcap is not None
+        for start, stop in row_blocks(len(raw), raw.shape[1], raw):
+            gradient[start:stop].mul_(torch.div(raw[start:stop].float(), self.softcap).cosh_().pow_(-2))
+
+
+class Chunk(NamedTuple):
+    """Some of the counted rows."""
+
+    start: int
+    """First of the counted rows."""
+    stop: int
+    rows: Any
+    """Where they are in the caller's flattened tensors: a slice, or [r] int64 where rows were skipped."""
+    call: Call
+    """The op's call on these rows alone."""
+
+
+def chunks_of(call: Call, size: int) -> list[Chunk]:
+    """The counted rows in chunks of nearly equal size, none above `size`; one empty chunk where no row counts."""
+    n = len(call.target)
+    count = max(1, -(-n // size))
+    borders = [n * i // count for i in range(count + 1)]
+    return [
+        Chunk(
+            start,
+            stop,
+            slice(start, stop) if call.rows is None else call.rows[start:stop],
+            Call(call.target[start:stop], None, torch.Size([stop - start]), call.shard, call.group),
+        )
+        for start, stop in zip(borders[:-1], borders[1:], strict=True)
+    ]
+
+
+@cache
+def default_chunk_size(row_bytes: int, device: torch.device, group: Group) -> int:
+    """Tokens per chunk: a constant on a CPU, elsewhere what fits in free memory, a power of two.
+
+    row_bytes  logits of one token, student and teacher together
+
+    Chosen once per process and head, and the same on all tensor-parallel ranks: the first call holds one all-gather of
+    8 bytes and waits for it, later ones know.
+    """
+    if device.type == "cpu":
+        return CPU_CHUNK
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fits = torch.tensor([free // _FREE_SHARE // row_bytes], device=device)
+    least = int(gather_ranks(fits, group).min())
+    return min(max(1 << max(least.bit_length() - 1, 0), LEAST_TOKENS), MOST_TOKENS)
+
+
+class Gradients:
+    """dh and dW of one backward pass, chunk by chunk, in any order.
+
+    Args:
+        call: the counted rows and the tensor-parallel group.
+        weight: [v/tp, h].
+        hidden_sum: whether dh is wanted, and summed over tensor-parallel ranks; None: not wanted.
+        weight_total: [v/tp, h] fp32 that dW is added to; None: not wanted.
+    """
+
+    def __init__(self, call: Call, weight: Tensor, *, hidden_sum: bool | None, weight_total: Tensor | None) -> None:
+        self.group, self.weight = GroupView.of(call.group), weight
+        self.sums_hidden = bool(hidden_sum) and self.group.size > 1
+        self.hidden = None if hidden_sum is None else weight.new_empty((len(call.target), weight.shape[1]))
+        """[n, h] of the counted rows; read it after `wait`."""
+        self.weight_total = weight_total
+        self._reductions: list[Any] = []
+
+    def add(self, chunk: Chunk, gradient: Tensor, hidden: Tensor) -> None:
+        """gradient [r, v/tp] of the loss in h W^T, hidden [r, h]: the chunk's two products."""
+        if self.hidden is not None:
+            part = self.hidden[chunk.start : chunk.stop]
+            torch.mm(gradient, self.weight, out=part)
+            if self.sums_hidden and len(part):
+                self._reductions.append(dist.all_reduce(part, group=self.group.group, async_op=True))
+        if self.weight_total is not None:
+            add_product(self.weight_total, gradient, hidden)
+
+    def wait(self) -> None:
+        """Returns (on a GPU: lets the stream go on) when dh is summed over all ranks."""
+        for reduction in self._reductions:
+            reduction.wait()
+        self._reductions.clear()
+
+
+def add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [v/tp, h] += gradient^T [v/tp, r] hidden [r, h]; total is fp32, the product's own sums are too.
+
+    A CPU has no product of bf16 numbers that ends in fp32: there each chunk's is rounded to bf16 once before it is
+    added, as Megatron's is once per micro-batch (products of upcast numbers take five times as long). It is made in
+    blocks of the vocabulary, so that nothing of the size of dW stands beside it.
+    """
+    transposed = gradient.t()
+    if gradient.dtype == total.dtype:
+        total.addmm_(transposed, hidden)
+    elif total.is_cuda:
+        torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
+    else:
+        for start, stop in row_blocks(len(total), total.shape[1], total):
+            total[start:stop].add_(torch.mm(transposed[start:stop], hidden))
+
+
+def weight_total_of(weight: Tensor) -> Tensor:
+    """Where dW of this weight is summed up: its fp32 `main_grad`, or zeros of that type and shape."""
+    main_grad = main_grad_of(weight)
+    if main_grad is not None and main_grad.dtype == torch.float32:
+        return main_grad
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def main_grad_of(weight: Tensor) -> Tensor | None:
+    """Megatron's buffer for the sum of this weight's gradients over micro-batches; None outside Megatron.
+
+    Megatron-FSDP makes such buffers on demand: its weights take the way through autograd.
+    """
+    return None if hasattr(weight, "__fsdp_param__") else getattr(weight, "main_grad", None)
+
+
+def weight_gradient(weight: Any, total: Tensor, factor: Tensor | None = None) -> Tensor | None:
+    """Hands over total (times factor) as the weight's gradient; returns what autograd is to be told.
+
+    With a `main_grad` the sum is added there, unless it is `total` itself, and Megatron's convention is kept:
+    `grad_added_to_main_grad` tells its hooks to ignore the weight's .grad, which then holds anything, or zeros where
+    `zero_out_wgrad` says that an embedding shares the weight and adds its own gradient through autograd.
+    """
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return (total if factor is None else total * factor).to(weight.dtype)
+    if factor is not None:
+        main_grad.addcmul_(total, factor)
+    elif main_grad is not total:
+        main_grad.add_(total)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
