@@ -56,7 +56,7 @@ def rank_pool() -> Iterator[Callable[..., RankPool]]:
                 del pools[kept]
             while pools and size + sum(kept.size for kept in pools.values()) > _MOST_RANKS:
                 pools.pop(next(iter(pools))).close()  # the one that was used longest ago
-            pool = RankPool(size, init=init, timeout_s=120)  # below pytest's own limit: its message says more
+            pool = RankPool(size, init=init, timeout_s=240)  # below pytest's own limit: its message says more
         pools[size, init] = pool
         return pool
 

@@ -106,7 +106,7 @@ def test_one_collection_serves_mini_batches_and_epochs(rank_pool, folder):
     assert max(record["actor/pg_clipfrac"] for record in found) > 0
 
 
-def test_a_run_stopped_between_collections_goes_on_exactly_and_inside_one_says_so(rank_pool, folder, caplog):
+def test_a_run_stopped_between_collections_goes_on_exactly_and_inside_one_samples_anew(rank_pool, folder):
     fixed = {"train_iters": 6, "lr_decay_iters": 6, "hybrid_mini_batches": 2, "save_interval": 2}
 
     def flags(name: str, **more: Any) -> dict[str, Any]:
