@@ -236,7 +236,7 @@ def _scaled(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
     hidden_grad, total = ctx.saved_tensors
     if hidden_grad is not None:
         # In fp32: a bf16 tensor would round the factor, the same way for every token.
-        hidden_grad = _restored(ctx, hidden_grad.float().mul_(factor).to(hidden_grad.dtype))
+        hidden_grad = _restored(ctx, torch.mul(hidden_grad.float(), factor).to(hidden_grad.dtype))
     return hidden_grad, None if total is None else weight_gradient(ctx.weight, total, factor)
 
 
