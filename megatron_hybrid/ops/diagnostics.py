@@ -23,6 +23,10 @@ DensePart = Callable[[list[Tensor], int, int], tuple[Tensor, Tensor]]
 """(buffers, start, stop) to p and p (g - E_p[g]) of the counted rows [start:stop], [r, width] each."""
 
 
+_NUM_BUFFERS = 6
+"""What any divergence takes (`mixtures.num_buffers`)."""
+
+
 @torch.no_grad()
 def logit_gradient_norms(
     student_logits: Tensor,
@@ -78,7 +82,7 @@ def _reverse_kl_part(student: Tensor, teacher: Tensor | None, call: Call, merged
     per_row = torch.stack((merged.m_z, merged.m_w, merged.mean_difference, merged.s_z), dim=-1)
 
     def of_rows(buffers: list[Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        p, d, spare = (buffer[: stop - start] for buffer in buffers)
+        p, d, spare = (buffer[: stop - start] for buffer in buffers[:3])
         m_z, m_w, k, s_z = per_row[start:stop].split(1, dim=-1)
         eager.centred_difference(p, d, spare, student, teacher, call, start, m_z, m_w, k)
         p.exp_().div_(s_z)
@@ -91,10 +95,9 @@ def _mixture_part(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture
     per_row = torch.stack(numbers, dim=-1)
 
     def of_rows(buffers: list[Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        p, q, u = mixtures.columns(buffers, student, teacher, call, start, stop, per_row[:, :-1])
-        return p, mixtures.weighted_slope(p, q, u.div_(2).tanh_(), mixture).addcmul_(
-            p, per_row[start:stop, -1:], value=-1
-        )
+        rows = [buffer[: stop - start] for buffer in buffers]
+        p, slope = mixtures.slopes(rows, student, teacher, call, start, mixture, per_row[:, :-1])
+        return p, slope.addcmul_(p, per_row[start:stop, -1:], value=-1)
 
     return of_rows
 
@@ -104,7 +107,7 @@ def _shard_squares(student: Tensor, call: Call, dense_part: DensePart) -> Tensor
     width = call.shard.width
     squares = student.new_zeros((len(call.target), 3), dtype=torch.float32)
     blocks = eager.row_blocks(len(call.target), width, student)
-    buffers = eager.block_buffers(3, blocks, width, student)
+    buffers = eager.block_buffers(_NUM_BUFFERS, blocks, width, student)
     for start, stop in blocks:
         p, dense = dense_part(buffers, start, stop)
         squares[start:stop, 0] = dense.square_().sum(-1)

@@ -9,6 +9,9 @@
     skewed_kl          c      1     0          KL(q || c q + (1-c) p), DistiLLM, arXiv 2402.03898 (its alpha)
     skewed_reverse_kl  1-c    0     1          KL(p || c p + (1-c) q), the same
 
+Sources: the reverse KL is the objective of arXiv 2512.23097, the forward KL that of distillation, Hinton et al. 2015,
+arXiv 1503.02531. That all five are one form with three weights is ours.
+
 Data in: a name and a number.  Data out: the three weights.  No tensors, no collective.
 """
 
@@ -38,7 +41,13 @@ class Mixture(NamedTuple):
 
 
 def mixture_of(divergence: str, divergence_mix: float) -> Mixture | None:
-    """The mixture behind a name; None for the reverse KL."""
+    """The mixture behind a name; None for the reverse KL.
+
+    divergence_mix  c, in (0, 1); checked whatever the divergence is, read by those that mix
+
+    Raises:
+        ConfigError: another name, or another number.
+    """
     if divergence not in DIVERGENCES:
         raise ConfigError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}.")
     if not 0 < divergence_mix < 1:

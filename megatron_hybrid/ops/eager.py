@@ -5,7 +5,8 @@ z, w are student and teacher logits over their temperatures, e = exp(z - m_z), d
     stats     m_z, s_z = sum e, m_w, s_w = sum exp(w - m_w), A = sum e d, B = sum e (z - m_z), z_y, w_y      8 per token
     gradient  e * (a (d - k) + b) - c onehot(y)      with the whole vocabulary's m_z, m_w; k, a, b, c from `function.py`
 
-Each pass reads a shard once, in blocks of rows that stay in cache, with three or four fp32 buffers of one block's size.
+Each pass reads a shard once, in blocks of rows that stay in cache, with four and three fp32 buffers of one block's
+size; where rows are skipped, up to three copies of the counted ones besides, in the logits' type.
 Statistics are fp32 whatever the logits are; the gradient is rounded once, into the logits' dtype. No collective.
 
 Subtracting before dividing by the temperature is exact near the maximum, so an offset of the logits costs no digits; k
@@ -27,15 +28,15 @@ flat from 2**17 to 2**20, with Python's overhead showing below and memory traffi
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 """64 MB per buffer: an accelerator wants few, large launches."""
 
-_LOWEST = torch.finfo(torch.float32).min
+LOWEST = torch.finfo(torch.float32).min
 """Where a maximum starts: from -inf, the all -inf rows would make NaN; from 0, very negative logits would underflow."""
 FAR = 1e20
 """Stands for infinity in the gradient pass, where a probability of 0 (or a weight of 0) multiplies it: finite, so that
 the product is 0; far below fp32's 3e38, so that a loss scale of 2**32 cannot lift it there."""
-_STEPS = 1024
+STEPS = 1024
 """Steps per unit of logit, see `_difference`: coarser than the last bit of logits up to 2**13, so a shift is exact; the
 rest of up to 1/2048 costs no digits of differences of that size or more."""
-_MOST_SHIFT = 2.0**20
+MOST_SHIFT = 2.0**20
 """Beyond it fp32 has no digits below the steps, and a shard that is all -inf has its maximum at -3e38."""
 
 
@@ -46,7 +47,7 @@ def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
     """
     shard, n = call.shard, len(call.target)
     stats = torch.zeros((n, NUM_STATS), dtype=torch.float32, device=student.device)
-    stats[:, 0:3:2] = _LOWEST
+    stats[:, 0:3:2] = LOWEST
     blocks = row_blocks(n, shard.width, student)
     z_buffer, w_buffer, d_buffer, e_buffer = block_buffers(4, blocks, shard.width, student)
     for start, stop in blocks:
@@ -157,12 +158,16 @@ def _difference(
     at a KL of 1e-6 that rounding is 1e-4 of d. So no more is taken off than brings the two maxima together, in steps
     coarse enough to be exact, and off the one that is farther from 0; what the steps leave is the rest.
 
+    At unequal temperatures there is no such step: z/T and w/T' are rounded each, so d has an error of about 1e-7 times
+    their distance from the maximum, however small d is. That is 1e-7/sqrt(KL) of the gradient, up to five times as much
+    for logits spread by 3: 1e-5 holds from a KL of 3e-3 up, and at 1e-6 it is 1e-4 to 6e-4.
+
     lowest  raises the student's side (-inf), so that two -inf do not make a NaN
     """
     ratio = shard.teacher_scale / shard.student_scale
     c_z, c_w = m_z, m_w
     if ratio == 1:
-        step = (m_z - m_w).clamp(-_MOST_SHIFT, _MOST_SHIFT).mul_(_STEPS).round_().div_(_STEPS)
+        step = (m_z - m_w).clamp(-MOST_SHIFT, MOST_SHIFT).mul_(STEPS).round_().div_(STEPS)
         student_is_farther = m_z.abs() >= m_w.abs()
         c_z, c_w = torch.where(student_is_farther, step, 0.0), torch.where(student_is_farther, 0.0, -step)
     _scaled(torch.sub(teacher_raw, c_w, out=d), ratio)
@@ -201,7 +206,7 @@ def _raw(out: Tensor, block: Tensor, floor: float | None = None) -> Tensor:
 
 def _maximum(raw: Tensor) -> Tensor:
     """Row maxima [r, 1], finite even where all is -inf."""
-    return raw.amax(-1, keepdim=True).clamp_(min=_LOWEST)
+    return raw.amax(-1, keepdim=True).clamp_(min=LOWEST)
 
 
 def _scaled(values: Tensor, scale: float) -> Tensor:

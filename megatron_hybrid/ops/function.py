@@ -175,6 +175,33 @@ def weighted(measured: Measured, imitation: Tensor, advantage: Tensor) -> tuple[
     return loss, torch.where(divergence == torch.inf, 0.0, imitation)  # an infinite divergence has no gradient
 
 
+def end_forward(ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs, of which only the first, the loss, has a gradient."""
+    ctx.spent = False
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*outputs[1:])
+    return outputs
+
+
+def begin_backward(ctx: Any, *, inplace: bool) -> tuple[Tensor, tuple[Any, ...]]:
+    """Where the gradient goes, and what was saved: the student logits first.
+
+    Raises:
+        ConfigError: the gradient was written over the student logits before.
+    """
+    if ctx.spent:  # asked before the saved tensors are: autograd would only say that one was modified
+        raise ConfigError(
+            "backward through the hybrid loss ran a second time, but inplace=True let the first one write the "
+            "gradient over the student logits. Use inplace=False to run backward twice under retain_graph."
+        )
+    ctx.spent = inplace
+    saved = ctx.saved_tensors
+    logits = saved[0]
+    # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
+    # Not empty_like: it would keep strides that no view flattens.
+    return logits.detach() if inplace else logits.new_empty(logits.shape), saved
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the autograd function needs besides the logits."""
@@ -198,30 +225,18 @@ class HybridLossFunction(torch.autograd.Function):
         stats = TokenStats(*(call.restored(value) for value in vars(measured.stats).values()))
         imitation, advantage = (call.counted(weight) for weight in plan.weights(stats))
         loss, dense = weighted(measured, imitation, advantage)
-        ctx.plan, ctx.spent = plan, False
+        ctx.plan = plan
         ctx.save_for_backward(student_logits, teacher_logits, dense, advantage, *measured.numbers)
-        ctx.set_materialize_grads(False)
-        outputs = (call.restored(loss), *vars(stats).values(), call.restored(measured.divergence))
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        return end_forward(ctx, (call.restored(loss), *vars(stats).values(), call.restored(measured.divergence)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if ctx.spent:
-            raise ConfigError(
-                "backward through the hybrid loss ran a second time, but inplace=True let the first one write the "
-                "gradient over the student logits. Use inplace=False to run backward twice under retain_graph."
-            )
         if grad_loss is None:
             return None, None, None
         plan: Plan = ctx.plan
-        student_logits, teacher_logits, dense, sparse, *numbers = ctx.saved_tensors
-        ctx.spent = plan.inplace
+        out, (student_logits, teacher_logits, dense, sparse, *numbers) = begin_backward(ctx, inplace=plan.inplace)
         scale = plan.call.counted(grad_loss.float()) * plan.call.shard.student_scale
-        # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
-        # Not empty_like: it would keep strides that no view flattens.
-        out = student_logits.detach() if plan.inplace else student_logits.new_empty(student_logits.shape)
         teacher = None if teacher_logits is None else rows_of(teacher_logits)
         plan.passes.write_gradient(
             rows_of(student_logits), teacher, plan.call, numbers, scale * dense, scale * sparse, rows_of(out)

@@ -10,6 +10,9 @@ D is the reverse KL between the two distributions over k + 1 outcomes: never abo
 the whole vocabulary. The same numbers come from the full KL to a teacher that spreads Q_rest as the student spreads
 P_rest, so log q(y) of a y outside K is log p(y) - (log P_rest - log Q_rest), and E_p[log p - log q] = D.
 
+That merging outcomes never raises a KL is the data-processing inequality. The rest as one bucket, its gradient in
+closed form and log q(y) outside K are ours.
+
 Forward: one all-gather of 48 bytes per token and rank; none at tp = 1.  Backward: no collective.  Memory of vocabulary
 size: the gradient in the logits' dtype, or nothing with `inplace=True`.
 Not here: choosing the k tokens (`teachers/topk.py`), renormalised KLs, other divergences, other backends than torch.
@@ -27,6 +30,7 @@ from megatron_hybrid.collectives import gather_ranks
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.ops.api import HybridLoss, check_inplace, weights_of
 from megatron_hybrid.ops.call import Call, read_call, rows_of
+from megatron_hybrid.ops.function import Measured, begin_backward, end_forward, weighted
 from megatron_hybrid.ops.topk_passes import Slots, merge_shards, read_slots, shard_gradient, shard_stats
 from megatron_hybrid.parallel import Group, GroupView
 from megatron_hybrid.records import TokenStats, Weigh
@@ -63,6 +67,11 @@ def vocab_parallel_topk_hybrid_loss(
 
     Everything else as `vocab_parallel_hybrid_loss`. Of the outputs, `kl` and `divergence` are D. Rows that do not count
     may hold anything, ids included.
+
+    Raises:
+        ConfigError: a setting out of its range; weights given twice; with `inplace`, a second backward.
+        ShapeError: tensors that do not fit one another or lie on different devices.
+        RuntimeError: an id or a target outside the vocabulary, as in `vocab_parallel_hybrid_loss`.
     """
     call = read_call(
         student_logits,
@@ -104,37 +113,23 @@ class _TopKLoss(torch.autograd.Function):
         merged = merge_shards(gather_ranks(stats, call.group) if len(stats) else stats.unsqueeze(0), teacher, call)
         restored = TokenStats(*(call.restored(value) for value in vars(merged.stats).values()))
         imitation, advantage = (call.counted(weight) for weight in weights(restored))
-        # Selected, not multiplied: a weight of 0 drops a term even where it is infinite.
-        loss = torch.where(imitation == 0, 0.0, imitation * merged.stats.kl)
-        loss = loss - torch.where(advantage == 0, 0.0, advantage * merged.stats.log_prob)
-        infinite = merged.stats.kl == torch.inf
-        k, dense = torch.where(infinite, 0.0, merged.k), torch.where(infinite, 0.0, imitation)
+        kl = merged.stats.kl
+        loss, dense = weighted(Measured(merged.stats, kl, ()), imitation, advantage)
+        k = torch.where(kl == torch.inf, 0.0, merged.k)
         numbers = torch.stack((merged.m, k, merged.g_rest, merged.s, dense.double(), advantage.double()))
-        ctx.call, ctx.inplace, ctx.spent = call, inplace, False
+        ctx.call, ctx.inplace = call, inplace
         ctx.save_for_backward(student_logits, teacher.ids, teacher.log_probs, teacher.log_rest, numbers)
-        ctx.set_materialize_grads(False)
-        outputs = (call.restored(loss), restored.kl, restored.log_prob, restored.teacher_log_prob, restored.entropy)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        return end_forward(ctx, (call.restored(loss), *vars(restored).values()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        if ctx.spent:
-            raise ConfigError(
-                "backward through the top-k hybrid loss ran a second time, but inplace=True let the first one write "
-                "the gradient over the student logits. Use inplace=False to run backward twice under retain_graph."
-            )
         if grad_loss is None:
             return None, None, None, None, None
-        student_logits, ids, log_probs, log_rest, numbers = ctx.saved_tensors
+        out, (student_logits, ids, log_probs, log_rest, numbers) = begin_backward(ctx, inplace=ctx.inplace)
         m, k, g_rest, s, dense, sparse = numbers.unbind(0)
-        ctx.spent = ctx.inplace
         scale = ctx.call.counted(grad_loss.double()) * ctx.call.shard.student_scale
         coefficients = torch.stack((m, k, g_rest, scale * dense / s, scale * sparse / s, scale * sparse), dim=-1)
-        # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
-        # Not empty_like: it would keep strides that no view flattens.
-        out = student_logits.detach() if ctx.inplace else student_logits.new_empty(student_logits.shape)
         teacher = Slots(ids, log_probs, log_rest)
         shard_gradient(rows_of(student_logits), teacher, ctx.call, coefficients, rows_of(out))
         return out, None, None, None, None

@@ -8,7 +8,8 @@ With K the teacher's tokens, e = exp((z - m)/T) and d = (z - m)/T - log q, a ran
 
 R is a sum, not 1 minus one, so a rest of any size has all its digits. The vocabulary is read in fp32, block by block;
 per-token numbers and the k columns are float64, because g - k is small by cancellation: at a KL of 1e-6 it is 1e-3, and
-fp32's 1e-7 would be 1e-4 of the gradient. Memory: two fp32 buffers of one block. No collective.
+fp32's 1e-7 would be 1e-4 of the gradient. Memory: two fp32 buffers of one block and a quarter for the stats, one for
+the gradient; where rows are skipped, copies of the counted ones in the logits' type. No collective.
 """
 
 import math
@@ -20,16 +21,13 @@ from torch import Tensor
 
 from megatron_hybrid.errors import ShapeError
 from megatron_hybrid.ops.call import Call, Shard
-from megatron_hybrid.ops.eager import block_buffers, row_blocks
+from megatron_hybrid.ops.eager import FAR, LOWEST, block_buffers, clear_uncounted, row_blocks, write_block
 from megatron_hybrid.records import TokenStats
 
 NUM_STATS = 6
 """m, R, S, A, B, z_y; maximum and target logit in raw units, before the temperature."""
-
-_LOWEST = torch.finfo(torch.float32).min
-"""Where a maximum starts: from -inf, a shard of -inf logits would make NaN."""
-_FAR = 1e20
-"""Stands for infinity where a weight of exactly 0 multiplies it."""
+_PIECES = 8
+"""A sum in float64 of fp32 columns copies them: an eighth of a block at a time, a quarter of a buffer."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +102,20 @@ def shard_stats(student: Tensor, teacher: Slots, call: Call) -> Tensor:
     """
     shard, n = call.shard, len(call.target)
     stats = torch.zeros((n, NUM_STATS), dtype=torch.float64, device=student.device)
-    stats[:, 0] = _LOWEST
+    stats[:, 0] = LOWEST
     blocks = row_blocks(n, shard.width, student)
     buffers = block_buffers(2, blocks, shard.width + 1, student)
     for start, stop in blocks:
         z, e = (buffer[: stop - start] for buffer in buffers)
         _read_block(z, student, call, start, stop)
         column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
-        m, z_y = z.amax(-1, keepdim=True).clamp_(min=_LOWEST), torch.where(here, z.gather(1, column), 0.0)
+        m, z_y = z.amax(-1, keepdim=True).clamp_(min=LOWEST), torch.where(here, z.gather(1, column), 0.0)
         columns = teacher.columns(start, stop, shard)
         kept_z, kept_e = _kept(z, columns, m, shard)
         torch.exp(z.sub_(m).mul_(shard.student_scale), out=e).scatter_(1, columns, 0.0)
-        rest = e.sum(-1, keepdim=True, dtype=torch.float64)  # fp32 partial sums would cost the bucket two digits
+        # fp32 partial sums would cost the bucket two digits.
+        rest = torch.stack([part.sum(-1, dtype=torch.float64) for part in e.chunk(_PIECES, dim=-1)], dim=-1)
+        rest = rest.sum(-1, keepdim=True)
         difference = kept_z - teacher.log_probs[start:stop]
         a, kept_b = (torch.where(kept_e != 0, kept_e * x, 0.0).sum(-1, keepdim=True) for x in (difference, kept_z))
         b = z.mul_(e).nansum(-1, keepdim=True) + kept_b  # -inf * 0 is NaN and skipped; a true NaN is in m
@@ -157,12 +157,8 @@ def shard_gradient(student: Tensor, teacher: Slots, call: Call, coefficients: Te
     out           [rows, v/tp] in the student's dtype; may be the student logits themselves. Rows that do not count and
                   columns beyond the vocabulary become exactly 0.
     """
-    shard, n = call.shard, len(call.target)
-    if call.rows is not None:
-        dropped = torch.ones(len(out), dtype=torch.bool, device=out.device).index_fill_(0, call.rows, False)
-        out.masked_fill_(dropped.unsqueeze(1), 0)  # not multiplied: NaN * 0 is NaN
-    out[:, shard.width :] = 0
-    blocks = row_blocks(n, shard.width, student)
+    shard = call.shard
+    blocks = row_blocks(len(call.target), shard.width, student)
     buffers = block_buffers(1, blocks, shard.width + 1, student)
     for start, stop in blocks:
         z = buffers[0][: stop - start]
@@ -170,16 +166,12 @@ def shard_gradient(student: Tensor, teacher: Slots, call: Call, coefficients: Te
         _read_block(z, student, call, start, stop)
         columns = teacher.columns(start, stop, shard)
         kept_z, kept_e = _kept(z, columns, m, shard)
-        difference = (kept_z - teacher.log_probs[start:stop]).clamp(min=-_FAR, max=_FAR) - k
+        difference = (kept_z - teacher.log_probs[start:stop]).clamp(min=-FAR, max=FAR) - k
         kept = torch.where(kept_e != 0, kept_e * (a * difference + b), 0.0)
         z.sub_(m.float()).mul_(shard.student_scale).exp_().mul_((a * (g_rest - k) + b).float())
-        column, here = (index.unsqueeze(1) for index in call.owned(start, stop))
-        z.scatter_(1, columns, kept.float()).scatter_add_(1, column, torch.where(here, -c, 0.0).float())
-        gradient = z[:, : shard.width]
-        if call.rows is None:
-            out[start:stop, : shard.width] = gradient
-        else:
-            out[:, : shard.width].index_copy_(0, call.rows[start:stop], gradient.to(out.dtype))
+        z.scatter_(1, columns, kept.float())
+        write_block(z[:, : shard.width], c.float(), call, start, stop, out)
+    clear_uncounted(call, out)
 
 
 def _read_block(z: Tensor, student: Tensor, call: Call, start: int, stop: int) -> None:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.ops.function import HybridLossFunction
+from megatron_hybrid.ops.topk import _TopKLoss, vocab_parallel_topk_hybrid_loss
 from megatron_hybrid.returns.returns_to_go import cost_to_go
 from megatron_hybrid.returns.weights import make_weigh
 
@@ -64,6 +65,28 @@ def test_forward_and_backward_stay_on_the_device(dtype, inplace, with_teacher, f
     assert all(value.device == GPU and value.dtype == torch.float32 for value in out)
     # Called directly: autograd's engine wants a real device.
     grad, *_ = HybridLossFunction.backward(out.loss.grad_fn, torch.ones(6, device=GPU))
+    assert grad.device == GPU and grad.dtype == dtype and grad.shape == student.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_teachers_top_k_stays_on_the_device(dtype, inplace):
+    student = torch.randn(6, 50, device=GPU, dtype=dtype).requires_grad_()
+    log_probs, ids = torch.randn(6, 45, device=GPU).log_softmax(-1).topk(4)
+    target = torch.zeros(6, dtype=torch.long, device=GPU)
+    out = vocab_parallel_topk_hybrid_loss(
+        student,
+        ids,
+        log_probs,
+        target,
+        weigh=credit(),
+        ignore_index=None,
+        vocab_size=45,
+        student_temperature=0.7,
+        inplace=inplace,
+    )
+    assert all(value.device == GPU and value.dtype == torch.float32 for value in out)
+    grad, *_ = _TopKLoss.backward(out.loss.grad_fn, torch.ones(6, device=GPU))
     assert grad.device == GPU and grad.dtype == dtype and grad.shape == student.shape
 
 
