@@ -83,6 +83,9 @@ def model_forward(
     context         handed to the processor as `context`
     schedule_plan   Megatron's combined 1F1B: the plan of the call in place of its result; GPTModel only
     returns         on the last stage what the processor gives, elsewhere hidden states [s/cp/tp or s/cp, b, h]
+
+    Raises:
+        ConfigError: a model without `output_processor` was asked for a plan, or did not call its output layer once.
     """
     options: dict[str, Any] = {
         name: value

@@ -37,6 +37,9 @@ def unsliced(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """While inside, the model takes and gives whole sequences [s, b, h]; afterwards it is as it was.
 
     chunks  the model as Megatron holds it on this rank, wrappers removed or not
+
+    Raises:
+        ConfigError: a layer shares its weights out over context-parallel ranks.
     """
     modules = [module for chunk in unwrap_model(list(chunks)) for module in chunk.modules()]
     changes = _changes(modules)

@@ -35,7 +35,12 @@ class FrozenTeacher:
 
     @classmethod
     def load(cls, checkpoint: str, checkpoint_args: Mapping[str, Any], parallel: ParallelContext) -> FrozenTeacher:
-        """Builds and loads the model of a torch_dist checkpoint from the arguments stored in it."""
+        """Builds and loads the model of a torch_dist checkpoint from the arguments stored in it.
+
+        Raises:
+            ConfigError: this job's layout cannot hold such a model.
+            DataError: the folder is no torch_dist checkpoint.
+        """
         return cls(build_frozen_model(checkpoint, checkpoint_args), parallel)
 
     def annotate(self, batches: Sequence[HybridMicrobatch]) -> list[HiddenPayload | None]:

@@ -9,7 +9,8 @@ more: hence T log q, from which softmax(. / T) gives q again. A `teacher_logit_f
 
 Collectives: each teacher's lse is merged over tensor-parallel ranks, one all-gather of 4 bytes per token and teacher
 when the logits are read. Columns beyond the true vocabulary are not read for lse and hold garbage afterwards.
-Memory while read: two fp32 shards besides the logits of one teacher.
+Memory while read: one fp32 shard, the logits of one teacher, and a few blocks of rows.
+A mixture of distributions as teacher is ours: what one sample drawn from a teacher drawn at random would follow.
 Not here: mixtures of logits (a product of distributions), weights that depend on the token.
 """
 
@@ -27,6 +28,7 @@ from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.parallel import GroupView
 from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, LogitsPayload
 from megatron_hybrid.teachers.base import Teacher
+from megatron_hybrid.teachers.blocks import row_blocks
 
 
 class MixtureTeacher:
@@ -91,17 +93,26 @@ class MixturePayload(LogitsPayload):
 
     @torch.no_grad()
     def logits(self, rows: slice = ALL_ROWS) -> Tensor:
-        """T log q [rows, v/tp] fp32."""
+        """T log q [rows, v/tp] fp32. Each teacher's logits are made once and gone before the next one's."""
         mixed: Tensor | None = None
         for log_weight, part in zip(self.log_weights, self.parts, strict=True):
-            scaled = part.logits(rows).float() / self.temperature
-            scaled += (log_weight - self._log_sum_exp(scaled)).unsqueeze(1)
-            mixed = scaled if mixed is None else torch.logaddexp(mixed, scaled, out=mixed)
+            mixed = self._add(mixed, log_weight, part.logits(rows))
         assert mixed is not None
         return mixed.mul_(self.temperature)
 
-    def _log_sum_exp(self, scaled: Tensor) -> Tensor:
-        """Over the true vocabulary of all ranks [rows], the same bits on each."""
-        width = scaled.shape[1]
-        own = min(max(self.vocab_size - self.tp.rank * width, 0), width)  # -inf from a shard of padding alone
-        return gather_ranks(scaled[:, :own].logsumexp(1), self.tp.group).logsumexp(0)
+    def _add(self, mixed: Tensor | None, log_weight: float, logits: Tensor) -> Tensor:
+        """The log of the sum so far [rows, v/tp] fp32, and of the next teacher's part; written over the former."""
+        if mixed is None:
+            mixed = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=logits.device)
+        blocks, shift = row_blocks(logits), (log_weight - self._log_sum_exp(logits)).unsqueeze(1)
+        for block in blocks:
+            scaled = (logits[block].float() / self.temperature).add_(shift[block])
+            torch.logaddexp(mixed[block], scaled, out=mixed[block])
+        return mixed
+
+    def _log_sum_exp(self, logits: Tensor) -> Tensor:
+        """Of logits over their temperature, over the true vocabulary of all ranks [rows], the same bits on each."""
+        width = logits.shape[1]
+        own = logits[:, : min(max(self.vocab_size - self.tp.rank * width, 0), width)]  # a shard may be padding alone
+        parts = [(own[block].float() / self.temperature).logsumexp(1) for block in row_blocks(logits)]
+        return gather_ranks(torch.cat(parts), self.tp.group).logsumexp(0)

@@ -2,7 +2,8 @@
 
     after each optimizer step    fixed                     nothing
                                  every N steps             w' = w
-                                 averaged, decay d         w' = d w' + (1 - d) w
+                                 averaged, decay d         w' = d w' + (1 - d) w     Tarvainen & Valpola 2017,
+                                                                                     arXiv 1703.01780
 
 Averages are kept in fp32 beside the copy where the model is not fp32 (4 bytes per weight): 1 - d is 1e-3 and less, a
 step's difference times that is below the last bit of bf16, and an average kept in bf16 would stand still.
@@ -35,6 +36,9 @@ class SnapshotTeacher:
         parallel: the axes of the job.
         decay: what the average keeps of itself at each step, in [0, 1); None: no average.
         refresh_interval: steps after which the copy is taken anew; None: never. Not together with `decay`.
+
+    Raises:
+        ConfigError: the student is not what Megatron builds from the job's arguments.
     """
 
     def __init__(

@@ -24,15 +24,12 @@ from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.parallel import GroupView
 from megatron_hybrid.records import HybridMicrobatch, LogitsPayload, TopKPayload
 from megatron_hybrid.teachers.base import Teacher
+from megatron_hybrid.teachers.blocks import row_blocks
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at once: at v = 152k and tp = 1 78 MB in bf16. Each chunk reads the head's whole weight, so
 fewer tokens cost time."""
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 18}
-"""Logits ordered at once, by kind of device: on a CPU they and the integers made of them stay in cache."""
-_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
-"""24 bytes each, 400 MB: an accelerator wants few, large launches."""
 _NO_TOKEN = torch.iinfo(torch.int64).min
 _LOW_BITS = 0xFFFFFFFF
 _MAGNITUDE_BITS = 0x7FFFFFFF
@@ -90,6 +87,10 @@ def topk_log_probs(
     vocab_size  true vocabulary: columns at or beyond it are ignored whatever they hold
     returns     ids [n, k] int64 and log-probs [n, k] fp32, nats, likeliest first, of equal ones the lower id first;
                 equal on every rank. A token with the logit -inf takes no slot: its id is -1, its log-prob -inf
+
+    Raises:
+        ShapeError: logits that are no matrix of floats, or too few columns for the vocabulary.
+        ConfigError: k or temperature out of range.
     """
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ShapeError(f"teacher logits must be floating point [n, v/tp], got {logits.dtype} {list(logits.shape)}.")
@@ -104,8 +105,8 @@ def topk_log_probs(
         raise ConfigError(f"temperature must be a finite number > 0, got {temperature}: logits are divided by it.")
     columns, first = logits.shape[1], tp.rank * logits.shape[1]
     own = logits[:, : min(max(vocab_size - first, 0), columns)]
-    rows = max(1, _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // columns)
-    packed = torch.cat([_pack(block.float(), k, first, temperature) for block in own.split(rows)])
+    # 24 bytes of integers for each logit of a block.
+    packed = torch.cat([_pack(own[block].float(), k, first, temperature) for block in row_blocks(logits)])
     gathered = gather_ranks(packed, tp.group) if len(packed) else packed.unsqueeze(0)
     keys = gathered[..., :k].transpose(0, 1).flatten(1).topk(k, dim=-1).values
     m_r, s_r = gathered[..., k:].contiguous().view(torch.float64).unbind(-1)

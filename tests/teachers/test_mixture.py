@@ -7,8 +7,10 @@ import torch.distributed as dist
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import TopKPayload
-from megatron_hybrid.teachers.mixture import MixtureTeacher
+from megatron_hybrid.records import HiddenPayload, TopKPayload
+from megatron_hybrid.teachers import blocks
+from megatron_hybrid.teachers.mixture import MixturePayload, MixtureTeacher
+from tests.memory import peak_bytes
 from tests.teachers.scripted import Scripted, micro_batch
 
 TOKENS, VOCAB, PADDED = 6, 13, 16
@@ -79,6 +81,25 @@ def test_some_rows_are_those_rows_of_all():
     payload = mixture()
     some, every = payload.logits(slice(2, 5))[:, :VOCAB], payload.logits()[2:5, :VOCAB]
     torch.testing.assert_close(some, every)  # not equal bits: vectorised and single elements are rounded differently
+
+
+def test_blocks_of_rows_are_mixed_as_all_rows_are(monkeypatch):
+    monkeypatch.setitem(blocks._BLOCK_ELEMENTS, "cpu", 2 * PADDED)
+    assert len(blocks.row_blocks(tables()[0])) == 3
+    for temperature in (1.0, 2.0):
+        assert_mixed(mixture(temperature).logits(), temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_holds_one_fp32_shard_and_the_logits_of_one_teacher(monkeypatch, dtype):
+    rows, columns, block = 64, 1024, 4096
+    monkeypatch.setitem(blocks._BLOCK_ELEMENTS, "cpu", block)
+    parts = tuple(HiddenPayload(torch.randn(rows, columns).to(dtype), torch.clone) for _ in range(3))
+    payload = MixturePayload(parts, (-1.0, -1.0, -1.0), columns - 5, 2.0, GroupView())
+    payload.logits()  # whatever torch keeps from a first call
+    shards = rows * columns * (4 + dtype.itemsize)
+    # Three fp32 blocks at once (a cast, a quotient, what logsumexp makes of it), and some numbers per row.
+    assert shards <= peak_bytes(payload.logits) <= shards + 3 * 4 * block + 64 * rows
 
 
 def test_the_teachers_own_logits_are_left_as_they_were():

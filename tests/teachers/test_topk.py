@@ -42,7 +42,7 @@ def shard_topk(logits: Tensor, k: int, vocab_size: int, temperature: float = 1.0
     return topk_log_probs(shard, k, vocab_size=vocab_size, temperature=temperature, tp=tp)
 
 
-class Scripted:
+class WithHead:
     """A teacher whose head is a matrix; keeps the sizes of the chunks its head was asked for."""
 
     def __init__(self, hidden: Sequence[Tensor | None], head: Tensor) -> None:
@@ -61,7 +61,7 @@ class Scripted:
 def annotate_shard(hidden: Tensor, head: Tensor, k: int, vocab_size: int) -> TopKPayload | None:
     """On each rank: a TopKTeacher around its columns of the head."""
     tp = GroupView.of(dist.group.WORLD)
-    inner = Scripted([hidden], head.chunk(tp.size, dim=1)[tp.rank])
+    inner = WithHead([hidden], head.chunk(tp.size, dim=1)[tp.rank])
     return TopKTeacher(inner, k, vocab_size, 1.3, tp).annotate([])[0]
 
 
@@ -139,7 +139,7 @@ def test_logits_are_not_mutated():
 def test_a_teacher_of_hidden_states_leaves_its_top_k(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(topk, "CHUNK_TOKENS", 4)
     hidden, head = torch.randn(10, 6), torch.randn(6, 48)
-    inner = Scripted([hidden, None, hidden[:0]], head)
+    inner = WithHead([hidden, None, hidden[:0]], head)
     first, elsewhere, empty = TopKTeacher(inner, 5, 40, 1.3, ALONE).annotate([])
     assert elsewhere is None and isinstance(first, TopKPayload) and isinstance(empty, TopKPayload)
     assert_topk((first.ids, first.log_probs), expected_topk(hidden @ head, 5, 40, 1.3))
