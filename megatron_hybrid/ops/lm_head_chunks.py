@@ -168,6 +168,11 @@ def weight_total_of(weight: Tensor) -> Tensor:
     main_grad = main_grad_of(weight)
     if main_grad is not None and main_grad.dtype == torch.float32:
         return main_grad
+    return zeros_for(weight)
+
+
+def zeros_for(weight: Tensor) -> Tensor:
+    """An empty fp32 sum for dW of this weight."""
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
 

@@ -32,6 +32,7 @@ from megatron_hybrid.ops.lm_head_chunks import (
     chunks_of,
     weight_gradient,
     weight_total_of,
+    zeros_for,
 )
 from megatron_hybrid.records import TokenStats
 
@@ -128,10 +129,10 @@ class LinearHybridLossFunction(torch.autograd.Function):
         plan: HeadPlan,
     ) -> tuple[Tensor, ...]:
         call, heads = plan.call, _heads(plan, hidden, weight, teacher_hidden, teacher_weight)
+        ctx.plan, ctx.weight, ctx.hidden_shape = plan, weight, hidden.shape
         gradients = None
         if plan.one_pass and plan.differentiate:
-            total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            gradients = _gradients(ctx, plan, weight, total)
+            gradients = _gradients(ctx, plan, zeros_for)
         measured, weights, kept = measure(heads, gradients)
         stats = TokenStats(*(call.restored(value) for value in vars(measured.stats).values()))
         if weights is None:
@@ -139,7 +140,7 @@ class LinearHybridLossFunction(torch.autograd.Function):
         else:
             imitation, advantage = weights
         loss, dense = weighted(measured, imitation, advantage)
-        ctx.plan, ctx.weight, ctx.kept, ctx.hidden_shape = plan, weight, kept, hidden.shape
+        ctx.kept = kept
         if gradients is not None:
             gradients.wait()
             ctx.save_for_backward(gradients.hidden, gradients.weight_total)
@@ -217,7 +218,7 @@ def _recomputed(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, Tensor | None
     heads = _heads(plan, hidden, weight, teacher_hidden, teacher_weight)
     scale = arrived * plan.gradient_scale
     dense, sparse = scale * dense, scale * sparse
-    gradients = _gradients(ctx, plan, weight, weight_total_of(ctx.weight) if ctx.needs_input_grad[1] else None)
+    gradients = _gradients(ctx, plan, weight_total_of)
     logits, ctx.kept = ctx.kept, None  # its gradient overwrites it: another backward computes it again
     for chunk in chunks_of(plan.call, plan.chunk_size):
         logits = heads.logits(chunk) if logits is None else logits
@@ -256,11 +257,11 @@ def _heads(
     return Heads(plan, hidden.reshape(-1, hidden.shape[-1]), weight, teacher_rows, teacher_weight)
 
 
-def _gradients(ctx: Any, plan: HeadPlan, weight: Tensor, total: Tensor | None) -> Gradients:
+def _gradients(ctx: Any, plan: HeadPlan, total_for: Callable[[Tensor], Tensor]) -> Gradients:
     wants_hidden, wants_weight, *_ = ctx.needs_input_grad
     return Gradients(
         plan.call,
-        weight,
+        ctx.weight.detach(),
         hidden_sum=plan.sum_hidden_grad if wants_hidden else None,
-        weight_total=total if wants_weight else None,
+        weight_total=total_for(ctx.weight) if wants_weight else None,
     )

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
+from megatron_hybrid.ops.call import read_call
 from megatron_hybrid.ops.lm_head import linear_hybrid_loss
 from megatron_hybrid.ops.lm_head_chunks import chunks_of
 from megatron_hybrid.records import TokenStats
@@ -75,7 +77,7 @@ def test_every_output_is_the_logits_ops_own():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_skipped_rows_cost_no_product_and_get_exactly_zero(mode: str):
+def test_skipped_rows_are_never_read_and_get_exactly_zero(mode: str):
     p = problem()
     p.target[[0, 3, 4, 5, 22]] = -100
     kept = p.target != -100
@@ -229,6 +231,31 @@ def test_inputs_are_left_alone_and_nothing_is_differentiated_without_grad():
         assert torch.equal(x, old)
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 6 * 5 - 2),
+        ({"chunk_size": 23}, 4),
+        ({"one_pass": True}, 4 * 5),
+        ({"imitation_weight": 1.0, "advantage": 0.0, "weigh": lambda stats: (stats.kl, stats.kl)}, 6 * 5 - 2),
+    ],
+)
+def test_a_chunk_takes_four_products_in_one_pass_and_two_more_in_two_but_for_the_one_that_is_kept(options, expected):
+    with Products() as seen:
+        run(problem(), **options)
+    assert seen.count == expected
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -252,8 +279,6 @@ def test_a_mistake_is_named(change: dict[str, Any], match: str):
 
 
 def test_chunks_are_nearly_equal_and_cover_every_row():
-    from megatron_hybrid.ops.call import read_call
-
     call = read_call(torch.zeros(23, 4), None, torch.zeros(23, dtype=torch.long))
     sizes = [chunk.stop - chunk.start for chunk in chunks_of(call, 5)]
     assert sum(sizes) == 23 and max(sizes) - min(sizes) <= 1 and max(sizes) <= 5
