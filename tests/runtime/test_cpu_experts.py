@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.gradient import assert_same, whole
-from tests.mcore.test_model import logits_of, step
+from tests.model_step import logits_of, step
 
 EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}  # training with tp demands it

@@ -10,6 +10,7 @@ import torch
 
 from megatron_hybrid.errors import ConfigError, ShapeError
 from tests.distributed.gradient import assert_same, shards, whole
+from tests.model_step import one_step
 
 LENGTHS = (7, 3, 12)
 WIDTH = 16
@@ -65,13 +66,9 @@ def inputs(packed: bool, rank: int, size: int) -> dict[str, Any]:
     return found
 
 
-def step(overrides: dict[str, Any], packed: bool = False) -> dict[str, Any]:
+def sliced_step(overrides: dict[str, Any], packed: bool = False) -> dict[str, Any]:
     """Logits [n, v/tp] of this rank's positions, and its shards of the finalized gradient of their weighted sum."""
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.utils import get_model_config
-
     from megatron_hybrid.mcore.groups import parallel_context
-    from megatron_hybrid.mcore.training import get_forward_backward_func
     from tests.tiny import megatron, set_weights, start
 
     with megatron(**MODEL | overrides, no_check_for_nan_in_loss_and_grad=True) as args:
@@ -81,9 +78,6 @@ def step(overrides: dict[str, Any], packed: bool = False) -> dict[str, Any]:
         given = inputs(packed, parallel.cp.rank, parallel.cp.size)
         mask = given["mask"]
         sequence, position = given["sequence"][mask], given["positions"][mask]
-        config = get_model_config(model[0])
-        config.finalize_model_grads_func = finalize_model_grads
-        model[0].zero_grad_buffer()
 
         found: list[torch.Tensor] = []
 
@@ -98,14 +92,11 @@ def step(overrides: dict[str, Any], packed: bool = False) -> dict[str, Any]:
 
             return logits, loss
 
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter([None]),
-            model=model[0],
-            num_microbatches=1,
+        one_step(
+            model,
+            forward,
             seq_length=given["tokens"].shape[1] * parallel.cp.size,
             micro_batch_size=given["tokens"].shape[0],
-            forward_only=False,
         )
         return {
             "shards": shards(model),
@@ -116,7 +107,7 @@ def step(overrides: dict[str, Any], packed: bool = False) -> dict[str, Any]:
         }
 
 
-def logits_of(ranks: list[dict[str, Any]]) -> torch.Tensor:
+def placed_logits(ranks: list[dict[str, Any]]) -> torch.Tensor:
     """[sequences, WIDTH, VOCAB]: what all ranks found, NaN where nobody did."""
     found = torch.full((len(LENGTHS), WIDTH, 64), torch.nan)
     for rank in ranks:
@@ -127,8 +118,8 @@ def logits_of(ranks: list[dict[str, Any]]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def one_rank(rank_pool):
-    ranks = rank_pool(1, init=False).run(step, {})
-    return logits_of(ranks), whole(ranks)
+    ranks = rank_pool(1, init=False).run(sliced_step, {})
+    return placed_logits(ranks), whole(ranks)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +135,10 @@ def one_rank(rank_pool):
     ],
 )
 def test_logits_and_gradients_are_those_of_one_padded_rank(rank_pool, one_rank, size, overrides, packed):
-    ranks = rank_pool(size, init=False).run(step, overrides, packed)
+    ranks = rank_pool(size, init=False).run(sliced_step, overrides, packed)
     logits, gradients = one_rank
     # fp32 sums in another order, logits of order 10: a few roundings.
-    torch.testing.assert_close(logits_of(ranks), logits, rtol=0, atol=2e-5, equal_nan=True)
+    torch.testing.assert_close(placed_logits(ranks), logits, rtol=0, atol=2e-5, equal_nan=True)
     assert_same(whole(ranks), gradients)
 
 
