@@ -111,6 +111,10 @@ def build_frozen_model(checkpoint: str, checkpoint_args: Mapping[str, Any]) -> C
 
     checkpoint       torch_dist folder, as `--load` takes it
     checkpoint_args  its stored arguments
+
+    Raises:
+        ConfigError: the job cannot build such a model, see `frozen_args`, or not on its layout.
+        DataError: the folder is no torch_dist checkpoint.
     """
     args = frozen_args(get_args(), checkpoint_args)
     try:
@@ -128,6 +132,9 @@ def build_copy(student: Sequence[torch.nn.Module]) -> Chunks:
     """A model like the student with its weights as they are now, in eval mode, without gradients.
 
     student  the job's own chunks on this rank, wrapped or not
+
+    Raises:
+        ConfigError: the student is not what Megatron builds from the job's arguments.
     """
     chunks = _build(get_args())
     ours, theirs = list(named_tensors(chunks)), list(named_tensors(student))
