@@ -8,6 +8,9 @@ divergence.py   the other divergences by name: KLs to a mixture of student and t
 mixtures.py     their two passes over a shard
 topk.py         the loss against a teacher's k likeliest tokens, all others one bucket
 topk_passes.py  its two passes over a shard, and the merge
+lm_head.py      the loss from hidden states: LM heads fused in, logits of a chunk of tokens at a time
+lm_head_function.py  its autograd function, in two passes or one
+lm_head_chunks.py    heads, chunks, and where dh and dW go
 reference.py    the judge: float64, whole vocabulary, a page of formulas
 diagnostics.py  norms of the two halves of the gradient, on request
 """
