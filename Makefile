@@ -1,9 +1,9 @@
-# make run | test | test-all | layouts | check | format; each makes the environment first, which takes under a second once it is there.
+# make run | test | test-all | layouts | bench | check | format; each makes the environment first, which takes under a second once it is there.
 # The same without make: tools/setup_env.sh, then the line under the target.
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup run test test-all layouts check format
+.PHONY: setup run test test-all layouts bench check format
 
 setup:
 	@tools/setup_env.sh
@@ -19,6 +19,9 @@ test-all: setup
 
 layouts: setup
 	$(PYTHON) -m tests.distributed.layouts
+
+bench: setup
+	$(PYTHON) tools/bench_ops.py --tp 2 --out runs/bench
 
 check: setup
 	$(PYTHON) -m ruff check .
