@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_hybrid.config import OnlineConfig as OnlineConfig
     from megatron_hybrid.ops.api import HybridLoss as HybridLoss
     from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss as vocab_parallel_hybrid_loss
+    from megatron_hybrid.ops.lm_head import linear_hybrid_loss as linear_hybrid_loss
     from megatron_hybrid.ops.topk import vocab_parallel_topk_hybrid_loss as vocab_parallel_topk_hybrid_loss
     from megatron_hybrid.returns.returns_to_go import cost_to_go as cost_to_go
     from megatron_hybrid.runtime import cpu as cpu
@@ -34,6 +35,7 @@ _HOMES = {
     "cpu": "runtime.cpu",
     "errors": "errors",
     "hybrid_config_from_args": "cli.arguments",
+    "linear_hybrid_loss": "ops.lm_head",
     "pretrain_hybrid": "train.pretrain",
     "vocab_parallel_hybrid_loss": "ops.api",
     "vocab_parallel_topk_hybrid_loss": "ops.topk",
