@@ -27,7 +27,7 @@ ROLLOUT_CORRECTIONS = (
     "ppo_clip",
 )
 TEACHER_PAYLOADS = ("hidden", "topk")
-BACKENDS = ("torch", "compile")
+BACKENDS = ("torch", "compile", "triton")
 SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 """Settings that have a schedule, `<setting>_schedule`."""
 FILE_REWARDS = ("exact_match", "math_answer")

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops import compiled, eager, mixtures
+from megatron_hybrid.ops import compiled, eager, mixtures, triton_op
 from megatron_hybrid.ops.call import read_call
 from megatron_hybrid.ops.divergence import Mixture, mixture_of
 from megatron_hybrid.ops.function import Backend, HybridLossFunction, MixturePasses, Passes, Plan
 from megatron_hybrid.parallel import Group
 from megatron_hybrid.records import TokenStats, Weigh
 
-BACKENDS: dict[str, Backend] = {"torch": eager, "compile": compiled}
+BACKENDS: dict[str, Backend] = {"torch": eager, "compile": compiled, "triton": triton_op}
 MIXTURE_PASSES: dict[str, MixturePasses] = {"torch": mixtures, "compile": mixtures}
 """Divergences other than the reverse KL, by backend; a backend that is missing here declines them."""
 
@@ -88,7 +88,8 @@ def vocab_parallel_hybrid_loss(
                          jsd, skewed_kl, skewed_reverse_kl  to a mixture of both, always finite; see `divergence.py`
     divergence_mix       their mixture, in (0, 1): GKD's beta, DistiLLM's alpha. Nearer to either end than 0.05 the
                          gradient may lose digits, see `mixtures.py`. The two KLs have none, but the number is checked
-    backend              "torch", or "compile": the same through torch.compile, about four times as fast on a CPU
+    backend              "torch"; "compile", the same through torch.compile, about four times as fast on a CPU; or
+                         "triton", kernels for a GPU, the reverse KL only
 
     A target outside the vocabulary raises where the data is: at once on a CPU, at the next synchronisation on a GPU.
     The gradient is within 1e-5 of float64 (and its one rounding to the logits' type) from a KL of 1e-6 up, at unequal

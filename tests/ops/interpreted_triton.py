@@ -1,0 +1,109 @@
+"""The Triton kernels, interpreted, against the torch backend: what the op's tests do not ask. See `interpreter.py`."""
+
+import pytest
+import torch
+
+from megatron_hybrid.errors import ShapeError
+from megatron_hybrid.ops import eager, triton_op
+from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
+from megatron_hybrid.ops.call import read_call
+from megatron_hybrid.ops.reference import reference_hybrid_loss
+
+NAN = float("nan")
+F16, B16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+"""fp32 sums of terms of size 1 to 10, in another order."""
+
+
+def both(student, teacher, target, **options):
+    """Stats [n, 8] and gradients [rows, v] of (triton, torch); coefficients are drawn but for the maxima."""
+    call = read_call(student, teacher, target, **options)
+    stats = [backend.shard_stats(student, teacher, call) for backend in (triton_op, eager)]
+    drawn = torch.randn(len(call.target), 4, generator=torch.Generator().manual_seed(1))
+    coefficients = torch.cat((stats[1][:, 0:3:2], drawn), dim=1)
+    outs = [torch.full_like(student, 7.0) for _ in range(2)]
+    for backend, out in zip((triton_op, eager), outs, strict=True):
+        backend.shard_gradient(student, teacher, call, coefficients, out)
+    return stats, outs
+
+
+def assert_same(student, teacher, target, **options):
+    (stats, expected), (out, expected_out) = both(student, teacher, target, **options)
+    torch.testing.assert_close(stats, expected, **CLOSE)
+    # one rounding to the logits' type, which can fall either way
+    torch.testing.assert_close(
+        out, expected_out, rtol=max(torch.finfo(out.dtype).eps, 1e-5), atol=2e-6 if out.dtype != F16 else 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [(F32, F32), (B16, B16), (F16, F16), (F64, F64), (B16, F32), (F32, F16), (B16, None)]
+)
+@pytest.mark.parametrize("v", [1, 7, 8, 96, 101])  # less than a vector, vectors and not, whole tiles and not
+def test_every_type_and_width_is_as_in_torch(student, teacher, v):
+    kept = max(1, v - 3)
+    target = torch.randint(0, kept, (5,))
+    target[3] = -100
+    logits = (3 * torch.randn(5, v)).to(student)
+    other = None if teacher is None else (3 * torch.randn(5, v)).to(teacher)
+    assert_same(logits, other, target, student_temperature=0.7, vocab_size=kept)
+
+
+@pytest.mark.parametrize("garbage", [NAN, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("padding", [8, 9])  # whole vectors, and rows that begin in the middle of one
+def test_padding_leaves_no_trace(padding, garbage):
+    logits, target = torch.randn(2, 4, 37 + padding), torch.randint(0, 37, (4,))
+    clean = both(logits[0], logits[1], target, vocab_size=37)
+    logits[:, :, 37:] = garbage
+    dirty = both(logits[0], logits[1], target, vocab_size=37)
+    assert torch.equal(clean[0][0], dirty[0][0]) and torch.equal(clean[1][0], dirty[1][0])
+    assert dirty[1][0][:, 37:].eq(0).all()
+
+
+@pytest.mark.parametrize("gap", [3, 8])
+def test_rows_that_lie_apart_are_read_where_they_are_and_nothing_between_is_written(gap):
+    stored, target = torch.randn(2, 5, 48 + gap), torch.randint(0, 48, (5,))
+    assert_same(stored[0, :, :48], stored[1, :, :48], target)
+    out, call = torch.full_like(stored[0], 7.0), read_call(stored[0, :, :48], stored[1, :, :48], target)
+    triton_op.shard_gradient(stored[0, :, :48], stored[1, :, :48], call, torch.zeros(5, 6), out[:, :48])
+    assert out[:, :48].eq(0).all() and out[:, 48:].eq(7).all()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_a_row_split_over_programs_is_the_row(splits, monkeypatch):
+    monkeypatch.setattr(triton_op, "FEWEST_TILES", -(-10 // splits))
+    student, target = 4 * torch.randn(2, 160), torch.tensor([0, 159])  # ten tiles of 16
+    assert triton_op.Tiling.of(2, 160, student).splits == splits
+    student[0, :70], student[1, 90:] = -torch.inf, torch.finfo(F32).min  # splits without any mass
+    assert_same(student, student + torch.randn(2, 160) - 50, target)
+    assert_same(student, None, target)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 14.0])
+@pytest.mark.parametrize("offset", [-300.0, 0.0, 60.0])
+def test_gradient_keeps_its_digits_from_tiny_to_huge_kl_at_any_offset(spread, offset):
+    student = torch.randn(4, 200) + offset
+    teacher = student - 2 * offset + spread * torch.randn(4, 200)
+    target = torch.randint(0, 200, (4,))
+    expected = reference_hybrid_loss(student, teacher, target)
+    leaf = student.clone().requires_grad_()
+    out = vocab_parallel_hybrid_loss(leaf, teacher, target, backend="triton")
+    (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
+    error = (grad.double() - expected.gradient).norm(dim=-1) / expected.gradient.norm(dim=-1)
+    assert error.max() < 1e-5  # the product's figure
+    torch.testing.assert_close(out.kl.double(), expected.kl, rtol=1e-5, atol=2e-6)
+
+
+def test_a_shard_of_padding_alone_has_no_mass_and_no_gradient():
+    student, teacher, target = torch.full((3, 16), NAN), torch.full((3, 16), NAN), torch.zeros(3, dtype=torch.long)
+    call = read_call(torch.zeros(3, 16), None, target)
+    call = type(call)(call.target, None, call.shape, type(call.shard)(16, 0, 1.0, 1.0, None), None)
+    assert torch.equal(triton_op.shard_stats(student, teacher, call), eager.shard_stats(student, teacher, call))
+    triton_op.shard_gradient(student, teacher, call, torch.ones(3, 6), student)
+    assert student.eq(0).all()
+
+
+def test_logits_whose_vocabulary_is_not_contiguous_are_declined():
+    logits = torch.randn(8, 3).T
+    with pytest.raises(ShapeError, match="contiguous"):
+        vocab_parallel_hybrid_loss(logits, None, torch.zeros(3, dtype=torch.long), backend="triton")
