@@ -1,10 +1,10 @@
 """The compiled backend against the torch backend and the judge: same results, few compilations, a way out without any.
 
-One or two processes' worth of compiling, so each test keeps to variants that another one has compiled already.
+Compiling takes seconds for each variant, so the tests share theirs: the same types, and vocabularies below 4096.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,8 @@ from torch._inductor.utils import fresh_cache
 from megatron_hybrid.ops import compiled, eager
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.reference import reference_hybrid_loss
+from megatron_hybrid.runtime import cpu
+from megatron_hybrid.runtime.spawn import RankPool
 from tests.ops.one_process import run_ranks
 from tests.ops.test_memory import Allocations
 from tests.ops.vectors import assert_close_to, load_cases, outputs_of, run_case
@@ -225,6 +227,21 @@ def test_each_pass_is_one_graph_so_nothing_runs_uncompiled():
     counters.clear()
     solve("compile", *problem()[:3])
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2, dict(counters["stats"])
+
+
+def _compiled_beside_the_cpu_stand_ins() -> tuple[bool, int, float]:
+    """On a rank: (stand-ins are active, graphs compiled, largest difference from the torch backend's gradient)."""
+    with cpu.enabled() as active:
+        counters.clear()
+        student, teacher, target, _ = problem()
+        got, expected = (solve(backend, student, teacher, target)[-1] for backend in ("compile", "torch"))
+        return active, counters["stats"]["unique_graphs"], (got - expected).abs().max().item()
+
+
+def test_it_compiles_on_a_rank_that_runs_megatron_without_a_gpu(rank_pool: Callable[..., RankPool]):
+    ((active, graphs, difference),) = rank_pool(1).run(_compiled_beside_the_cpu_stand_ins)
+    assert graphs == 2 and active is not torch.cuda.is_available()
+    assert difference < 1e-6  # fp32 sums in another order, of entries below 1
 
 
 def test_without_a_compiler_the_torch_backend_runs_and_the_log_says_why_once(
