@@ -88,7 +88,7 @@ def vocab_parallel_hybrid_loss(
                          jsd, skewed_kl, skewed_reverse_kl  to a mixture of both, always finite; see `divergence.py`
     divergence_mix       their mixture, in (0, 1): GKD's beta, DistiLLM's alpha. Nearer to either end than 0.05 the
                          gradient may lose digits, see `mixtures.py`. The two KLs have none, but the number is checked
-    backend              "torch"; "compile", the same through torch.compile, about four times as fast on a CPU; or
+    backend              "torch"; "compile", the same through torch.compile, about twice as fast on a CPU; or
                          "triton", kernels for a GPU, the reverse KL only
 
     A target outside the vocabulary raises where the data is: at once on a CPU, at the next synchronisation on a GPU.
