@@ -69,6 +69,18 @@ def test_rows_that_lie_apart_are_read_where_they_are_and_nothing_between_is_writ
     assert out[:, :48].eq(0).all() and out[:, 48:].eq(7).all()
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_nan_is_in_the_maximum_even_where_the_student_has_no_mass(who):
+    # Every rank's gradient reads the maximum, and only one rank's moments hold the NaN.
+    logits, target = torch.randn(2, 3, 40), torch.zeros(3, dtype=torch.long)
+    logits[0, 1, 30] = -torch.inf
+    logits[who, 1, 30] = NAN
+    call = read_call(*logits, target)
+    stats = triton_op.shard_stats(*logits, call)
+    assert torch.equal(stats[:, 2 * who].isnan(), torch.tensor([False, True, False]))
+    assert torch.equal(stats[:, 2 * who].isnan(), eager.shard_stats(*logits, call)[:, 2 * who].isnan())
+
+
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_a_row_split_over_programs_is_the_row(splits, monkeypatch):
     monkeypatch.setattr(triton_op, "FEWEST_TILES", -(-10 // splits))
