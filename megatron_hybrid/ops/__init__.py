@@ -5,6 +5,7 @@ call.py         one call as the passes see it: flat tensors, counted rows, this 
 function.py     what all backends share: one all-gather, the merge of the shards, the autograd function
 eager.py        the two passes over a shard in plain torch, row block by row block
 triton_op.py    the two passes by triton_kernels.py, which is imported only when chosen
+compiled.py     the same through torch.compile; the torch backend where it cannot compile
 divergence.py   the other divergences by name: KLs to a mixture of student and teacher
 mixtures.py     their two passes over a shard
 topk.py         the loss against a teacher's k likeliest tokens, all others one bucket
