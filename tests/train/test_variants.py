@@ -62,8 +62,8 @@ def test_another_divergence_is_trained_on_and_both_are_reported(rank_pool, folde
     only |= {"train_iters": 12, "lr": 1e-2, "min_lr": 1e-2}
     found = records(rank_pool, folder, divergence, hybrid_divergence=divergence, **only)
     other = records(rank_pool, folder, f"{divergence} not", **only | {"train_iters": 1})
-    # Same student, same responses: only the divergence differs. Numbers may come close (the norm under forward_kl to 6e-4
-    # here: the student is nearly uniform), equal ones would agree to 1e-6.
+    # Same student, same responses: only the divergence differs. Numbers may come close (the norm under forward_kl to
+    # 6e-4 here: the student is nearly uniform), equal ones would agree to 1e-6.
     assert found[0]["actor/kl_loss"] == other[0]["actor/kl_loss"]
     assert found[0]["actor/distillation/loss"] != pytest.approx(other[0]["actor/kl_loss"], rel=1e-4)
     assert found[0]["actor/grad_norm"] != pytest.approx(other[0]["actor/grad_norm"], rel=1e-4)
