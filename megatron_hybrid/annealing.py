@@ -38,11 +38,13 @@ def annealed(name: str, text: str, value: float) -> Annealed:
         if text == "constant":
             return Annealed(lambda step: value, (0,))
         if shape in ("linear", "cosine"):
-            start, steps = rest.split(":")
+            start, colon, steps = rest.partition(":")
+            if not colon:
+                raise ValueError("STEPS is missing")
             return _ramp(shape, float(start), value, int(steps))
         if shape == "steps":
-            pairs = [pair.split("@") for pair in rest.split(",")]
-            return _stairs(value, [(int(at), float(number)) for number, at in pairs])
+            pairs = [pair.partition("@") for pair in rest.split(",")]
+            return _stairs(value, [(int(at), float(number)) for number, _, at in pairs])
     except ValueError as error:
         raise ConfigError(f"{name}_schedule {text!r} cannot be read ({error}): write {FORMS}.") from error
     raise ConfigError(f"{name}_schedule {text!r} has no shape of {FORMS}.")

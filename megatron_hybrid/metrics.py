@@ -29,7 +29,7 @@ MAX_SLOTS = 512
 MEANINGS = {
     "actor/loss": "surrogate loss, the number whose gradient is taken",
     "actor/pg_loss": "sparse part of the loss: -advantage * log pi",
-    "actor/kl_loss": "reverse KL to the teacher, nats per response token",
+    "actor/kl_loss": "reverse KL to the teacher, nats per response token; of a topk payload its lower bound",
     "actor/entropy": "entropy of the student, nats per response token",
     "actor/grad_norm": "norm of the whole gradient, before clipping",
     "actor/grad_norm_dense": "root mean square over response tokens of the imitation part's norm in logits",
@@ -65,7 +65,7 @@ MEANINGS = {
     "training/infinite_kl_tokens": "response tokens of infinite divergence, which gives them no dense gradient: the "
     "teacher forbids what the student may say (see teacher_logit_floor), or under forward_kl the other way round",
     "val/score": "held-out reward per response (and /<task>)",
-    "val/kl": "held-out reverse KL to the teacher, nats per response token",
+    "val/kl": "held-out reverse KL to the teacher, nats per response token; of a topk payload its lower bound",
     "val/kl_per_response": "held-out reverse KL of a whole response (trajectory), nats",
     "val/entropy": "held-out entropy, nats per response token",
     "val/response_length": "held-out response length, tokens",

@@ -26,7 +26,7 @@ class RewardBySource:
         if source not in self._rewards:
             raise ConfigError(
                 f"prompt {prompt.prompt_id} (task {prompt.task!r}) comes from source {source!r}, for which there is no "
-                f"reward; there is one for {', '.join(map(repr, self._rewards))}. Register one in RewardBySource."
+                f"reward; there is one for {', '.join(map(repr, self._rewards))}."
             )
         return self._rewards[source].score(prompt, response)
 

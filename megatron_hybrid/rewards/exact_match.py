@@ -17,8 +17,7 @@ class ExactMatchReward:
     def score(self, prompt: Prompt, response: str) -> float:
         if prompt.answer is None:
             raise DataError(
-                f"prompt {prompt.prompt_id} (task {prompt.task!r}) has no answer to compare a response with: "
-                "give one, or use a reward of your own that needs none."
+                f"prompt {prompt.prompt_id} (task {prompt.task!r}) has no answer to compare a response with: give one."
             )
         return float(_normal(extract_answer(response)) == _normal(prompt.answer))
 

@@ -89,7 +89,7 @@ class HybridForwardStep:
         return self._demonstration(batch, model, return_schedule_plan)
 
     def _stock(self, batch: Any, forward: Any) -> Output:
-        tokens, labels, loss_mask, attention_mask, position_ids, *_ = batch
+        tokens, labels, loss_mask, attention_mask, position_ids = _five(batch)
         if self.base_loss_func is None:
             raise ConfigError(
                 "hybrid is off and HybridForwardStep has no base_loss_func, so there is no loss to train on: pass the "
@@ -195,7 +195,7 @@ class HybridForwardStep:
             self.token_kl.append(result.kl)
 
     def _demonstration(self, batch: Any, model: Any, schedule_plan: bool) -> Output:
-        tokens, labels, loss_mask, attention_mask, position_ids, *_ = batch
+        tokens, labels, loss_mask, attention_mask, position_ids = _five(batch)
         output = model_forward(
             model,
             tokens,
@@ -240,6 +240,18 @@ class HybridForwardStep:
 
             self.runtime = Runtime(tp=parallel_context().tp, vocab_size=true_vocab_size())
         return self.runtime
+
+
+def _five(batch: Any) -> tuple[Any, ...]:
+    """What a script's `get_batch` gives; Megatron's own may end in a packed_seq_params of None."""
+    given, rest = tuple(batch[:5]), tuple(batch[5:])
+    if any(value is not None for value in rest):
+        raise ConfigError(
+            f"get_batch returned {len(batch)} values, of which tokens, labels, loss_mask, attention_mask and "
+            f"position_ids are taken: {', '.join(type(value).__name__ for value in rest)} would be silently dropped, and packed "
+            "sequences would read each other. Give sequences that are not packed."
+        )
+    return given
 
 
 def _hybrid_loss(count: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

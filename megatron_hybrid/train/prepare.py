@@ -51,6 +51,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     Raises:
         ConfigError, DataError: see the messages; nothing has been built or written.
     """
+    _check_job(args)
     _check_batches(args, config)
     _check_teacher_settings(args, config, online, has_teacher)
     room = args.seq_length - online.max_response_length
@@ -60,7 +61,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
             f"{online.max_response_length} tokens (--hybrid-max-response-length), which leaves {room} for the prompt. "
             "Raise one or lower the other."
         )
-    teachers = parse_teachers(online.teacher_load) if online.teacher_load else None
+    teachers = None if online.teacher_load is None else parse_teachers(online.teacher_load)
     tokenizer = _load_tokenizer(args)
     if config.teacher_payload == "topk" and config.teacher_topk > len(tokenizer):
         raise ConfigError(
@@ -97,6 +98,20 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         teachers=teachers,
         teacher_args=teacher_args,
     )
+
+
+def _check_job(args: Namespace) -> None:
+    """Megatron's settings that a plain run may leave at their defaults."""
+    if args.eval_interval is None:
+        raise ConfigError(
+            "--eval-interval is not set, and Megatron divides by it, also where --eval-iters is 0: give it."
+        )
+    if args.attention_dropout or args.hidden_dropout:
+        raise ConfigError(
+            f"--attention-dropout is {args.attention_dropout} and --hidden-dropout {args.hidden_dropout}: responses "
+            "are sampled without dropout and would be learnt from with it, as if another policy had written them. Set both "
+            "to 0 (Megatron's default is 0.1)."
+        )
 
 
 def _check_batches(args: Namespace, config: HybridConfig) -> None:
@@ -157,8 +172,8 @@ def _check_teacher_settings(args: Namespace, config: HybridConfig, online: Onlin
 def _load_tokenizer(args: Namespace) -> Any:
     if args.tokenizer_type != "HuggingFaceTokenizer":
         raise ConfigError(
-            f"--tokenizer-type is {args.tokenizer_type}: online prompts need a chat template and an end-of-sequence "
-            "token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
+            f"--tokenizer-type is {args.tokenizer_type}: online prompts need a tokenizer's own words and "
+            "end-of-sequence token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
         )
     tokenizer = _read_tokenizer(args.tokenizer_model)
     if tokenizer.eos_token_id is None:

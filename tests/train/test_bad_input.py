@@ -235,6 +235,7 @@ CASES = [
         "ConfigError",
         "teacher_logit_floor is -50.0, but teacher_payload is 'topk'",
     ),
+    ("empty teacher", {"hybrid_teacher_load": ""}, "ConfigError", "teacher_load '' has an empty path"),
     (
         "teacher without prompts",
         {"hybrid_prompts": None, "hybrid_teacher_load": "self"},
@@ -260,6 +261,13 @@ CASES = [
         "--save-interval 6 falls in the middle .*2 mini-batches x 2 epochs",
     ),
     # The job.
+    (
+        "dropout",
+        {"attention_dropout": 0.1, "hidden_dropout": None},
+        "ConfigError",
+        "--attention-dropout is 0.1 and --hidden-dropout 0.1: .*Set both to 0",
+    ),
+    ("no interval", {"eval_interval": None}, "ConfigError", "--eval-interval is not set"),
     (
         "no chat tokenizer",
         {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 61},
