@@ -248,8 +248,8 @@ def _five(batch: Any) -> tuple[Any, ...]:
     if any(value is not None for value in rest):
         raise ConfigError(
             f"get_batch returned {len(batch)} values, of which tokens, labels, loss_mask, attention_mask and "
-            f"position_ids are taken: {', '.join(type(value).__name__ for value in rest)} would be silently dropped, and packed "
-            "sequences would read each other. Give sequences that are not packed."
+            f"position_ids are taken: {', '.join(type(value).__name__ for value in rest)} would be silently dropped, "
+            "and packed sequences would read each other. Give sequences that are not packed."
         )
     return given
 

@@ -109,8 +109,8 @@ def _check_job(args: Namespace) -> None:
     if args.attention_dropout or args.hidden_dropout:
         raise ConfigError(
             f"--attention-dropout is {args.attention_dropout} and --hidden-dropout {args.hidden_dropout}: responses "
-            "are sampled without dropout and would be learnt from with it, as if another policy had written them. Set both "
-            "to 0 (Megatron's default is 0.1)."
+            "are sampled without dropout and would be learnt from with it, as if another policy had written them. Set "
+            "both to 0 (Megatron's default is 0.1)."
         )
 
 
