@@ -146,6 +146,10 @@ class Gradients:
         self._reductions.clear()
 
 
+_SUMS_IN_FP32 = ("cuda",)
+"""Kinds of device whose products of bf16 or fp16 numbers can end in fp32; tests rehearse them with fake tensors."""
+
+
 def add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total [v/tp, h] += gradient^T [v/tp, r] hidden [r, h]; total is fp32, the product's own sums are too.
 
@@ -156,7 +160,7 @@ def add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     transposed = gradient.t()
     if gradient.dtype == total.dtype:
         total.addmm_(transposed, hidden)
-    elif total.is_cuda:
+    elif total.device.type in _SUMS_IN_FP32:
         torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
     else:
         for start, stop in row_blocks(len(total), total.shape[1], total):

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.ops.function import HybridLossFunction
+from megatron_hybrid.ops.lm_head_chunks import add_product
 from megatron_hybrid.ops.topk import _TopKLoss, vocab_parallel_topk_hybrid_loss
 from megatron_hybrid.returns.returns_to_go import cost_to_go
 from megatron_hybrid.returns.weights import make_weigh
@@ -108,3 +110,26 @@ def test_cost_to_go_stays_on_the_device():
 def test_the_rehearsal_notices_a_tensor_on_the_wrong_device():
     with pytest.raises(RuntimeError):
         torch.add(torch.zeros(2, device=GPU), torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fused_heads_weight_gradient_is_summed_in_fp32_on_the_device(dtype):
+    total = torch.zeros(32, 16, device=GPU)
+    gradient, hidden = torch.randn(5, 32, device=GPU, dtype=dtype), torch.randn(5, 16, device=GPU, dtype=dtype)
+    with Products() as seen:
+        add_product(total, gradient, hidden)
+    assert seen.dtypes == [torch.float32], "one product, and its sums are not rounded to the gradient's type"
+
+
+class Products(TorchDispatchMode):
+    """Output types of the matrix products inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.__name__:
+            self.dtypes.append(out.dtype)
+        return out
