@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Recovers a pruned SmolLM2-135M on a machine without a GPU: imitation of the unpruned model and reward at once, on-policy.
 #
-#     examples/smollm2_recovery.sh                          9 to 13 minutes on 2 cores, after one minute of preparation, once
+#     examples/smollm2_recovery.sh                          8 minutes on 2 cores, after one minute of preparation, once
 #     NPROC=2 examples/smollm2_recovery.sh --pipeline-model-parallel-size 2
 #     NPROC=2 examples/smollm2_recovery.sh --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3
 #
@@ -67,7 +67,7 @@ cpu=(
 # Megatron's own output goes to a log; the console keeps what the run reports.
 mkdir -p "$run"
 log="$run/train.log"
-printf 'training, 9 to 13 minutes on 2 cores; everything Megatron says is in %s\n' "$log"
+printf 'training, about 8 minutes on 2 cores; everything Megatron says is in %s\n' "$log"
 status=0
 "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megatron_hybrid.cli.train \
     "${model[@]}" "${hybrid[@]}" "${training[@]}" "${logging[@]}" "${cpu[@]}" "$@" 2>&1 |
