@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_hybrid.config import FUTURE_COSTS
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import Group
@@ -136,8 +137,8 @@ def make_weigh(
     context parallelism rewards, groups and num_positions are those of whole responses, equal on the ranks of cp_group;
     tokens are this rank's, and may be none.
     """
-    if future_cost not in ("closed_form", "sampled"):
-        raise ConfigError(f"future_cost must be one of closed_form, sampled; got {future_cost!r}.")
+    if future_cost not in FUTURE_COSTS:
+        raise ConfigError(f"future_cost must be one of {', '.join(FUTURE_COSTS)}; got {future_cost!r}.")
     if reward_advantage.dim() != 1 or row_of_token.dim() != 1:
         raise ShapeError(
             f"reward_advantage must be [b] and row_of_token [n], got {list(reward_advantage.shape)} and "

@@ -8,24 +8,10 @@ from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.ops import eager
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.reference import reference_hybrid_loss
-from tests.ops.vectors import assert_close_to, load_cases, run_case
+from tests.ops.vectors import assert_close_to, gradient, load_cases, problem, run_case
 
 CASES = load_cases()
 INF, NAN = float("inf"), float("nan")
-
-
-def problem(n=6, v=40, dtype=torch.float32):
-    """Student (a leaf), teacher, target, advantage."""
-    student, teacher = torch.randn(n, v).to(dtype), torch.randn(n, v).to(dtype)
-    return student.requires_grad_(), teacher, torch.randint(0, v, (n,)), torch.randn(n)
-
-
-def gradient(student, teacher, target, **options):
-    """(outputs, d sum(loss) / d student)."""
-    student = student.detach().clone().requires_grad_()
-    out = vocab_parallel_hybrid_loss(student, teacher, target, **options)
-    out.loss.sum().backward()
-    return out, student.grad
 
 
 @pytest.mark.parametrize("name", CASES)

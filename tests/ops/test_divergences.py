@@ -9,25 +9,11 @@ from megatron_hybrid.ops import api
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.divergence import DIVERGENCES
 from megatron_hybrid.ops.reference import reference_hybrid_loss
-from tests.ops.vectors import judged, load_cases, run_case
+from tests.ops.vectors import gradient, judged, load_cases, problem, run_case
 
 CASES = load_cases()
 OTHERS = DIVERGENCES[1:]
 INF, NAN = float("inf"), float("nan")
-
-
-def problem(n=6, v=40, dtype=torch.float32):
-    """Student (a leaf), teacher, target, advantage."""
-    student, teacher = torch.randn(n, v).to(dtype), torch.randn(n, v).to(dtype)
-    return student.requires_grad_(), teacher, torch.randint(0, v, (n,)), torch.randn(n)
-
-
-def gradient(student, teacher, target, **options):
-    """(outputs, d sum(loss) / d student)."""
-    student = student.detach().clone().requires_grad_()
-    out = vocab_parallel_hybrid_loss(student, teacher, target, **options)
-    out.loss.sum().backward()
-    return out, student.grad
 
 
 # Against the judge

@@ -80,3 +80,17 @@ def assert_close_to(case: dict[str, Any], got: dict[str, Tensor]) -> None:
     error = (got["grad"].double() - case["grad"]).norm(dim=-1)
     assert (error <= 1e-5 * case["grad"].norm(dim=-1) + 2e-6).all(), error
     assert got["grad"][:, case["vocab_size"] :].eq(0).all()
+
+
+def problem(n=6, v=40, dtype=torch.float32):
+    """Student (a leaf), teacher, target, advantage."""
+    student, teacher = torch.randn(n, v).to(dtype), torch.randn(n, v).to(dtype)
+    return student.requires_grad_(), teacher, torch.randint(0, v, (n,)), torch.randn(n)
+
+
+def gradient(student, teacher, target, **options):
+    """(outputs, d sum(loss) / d student)."""
+    student = student.detach().clone().requires_grad_()
+    out = vocab_parallel_hybrid_loss(student, teacher, target, **options)
+    out.loss.sum().backward()
+    return out, student.grad
