@@ -28,6 +28,7 @@ ROLLOUT_CORRECTIONS = (
 )
 TEACHER_PAYLOADS = ("hidden", "topk")
 BACKENDS = ("torch", "compile", "triton")
+LM_HEADS = ("fused", "logits")
 SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 """Settings that have a schedule, `<setting>_schedule`."""
 FILE_REWARDS = ("exact_match", "math_answer")
@@ -129,6 +130,17 @@ class HybridConfig(_FromArguments):
     )
     teacher_topk: int = setting(64, "tokens of a topk payload")
     backend: str = setting("torch", "implementation of the op", BACKENDS)
+    lm_head: str = setting(
+        "fused",
+        "student logits of a chunk of tokens at a time, inside the loss (fused), or of all response tokens of a "
+        "micro-batch at once (logits, the reference)",
+        LM_HEADS,
+    )
+    lm_head_chunk_size: int | None = setting(
+        None,
+        "tokens of a chunk; unset: 512 on a CPU, else by the memory that is free at the first one, which changes the "
+        "order of sums: set it where runs must repeat to the bit",
+    )
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -216,6 +228,7 @@ class HybridConfig(_FromArguments):
             ("teacher_payload", TEACHER_PAYLOADS),
             ("aggregation", AGGREGATIONS),
             ("backend", BACKENDS),
+            ("lm_head", LM_HEADS),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -250,6 +263,12 @@ class HybridConfig(_FromArguments):
             raise ConfigError(
                 f"rollout_is_threshold must be at least 1, got {self.rollout_is_threshold}: on-policy tokens have "
                 "weight 1, and would be cut. Use inf for exact importance weights."
+            )
+        if self.lm_head_chunk_size is not None and (self.lm_head_chunk_size < 1 or self.lm_head != "fused"):
+            raise ConfigError(
+                f"lm_head_chunk_size is {self.lm_head_chunk_size} and lm_head {self.lm_head!r}: it is the number of "
+                "tokens, at least 1, whose logits the fused head makes at a time. Leave it unset, or use lm_head "
+                "'fused'."
             )
         for name in ("clip_ratio_low", "clip_ratio_high"):
             value = getattr(self, name)
@@ -296,7 +315,7 @@ class OnlineConfig(_FromArguments):
         None, "what a response earns that was cut off at the length limit; unset: its score"
     )
     gradient_norms_interval: int = setting(
-        1, "steps between measurements of the dense and sparse gradient norms, which read the logits two more times"
+        10, "steps between measurements of the dense and sparse gradient norms, which make the logits once more"
     )
     samples_interval: int = setting(10, "steps between entries of the table of samples")
 

@@ -100,6 +100,24 @@ class TokenStats:
 Weigh = Callable[[TokenStats], "tuple[Tensor, Tensor]"]
 """Credit assignment as the op calls it: the stats to (imitation_weight, advantage), both fp32 in the stats' shape."""
 
+ReverseWeigh = Callable[[TokenStats, Any], "tuple[float | Tensor, float | Tensor]"]
+"""Credit assignment from the end: stats [r] of some rows, and which rows (a slice of the flattened target, or [r] int64
+where the op skips rows), to (imitation_weight, advantage). Called once for each chunk in a forward, the last rows
+first, every row once; it may remember what it saw. So a closed-form cost-to-go can be had if the later tokens of a
+response have the later rows."""
+
+
+class ReversibleWeigh:
+    """A `Weigh` that may know its credit from the end, too."""
+
+    def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        """As `Weigh`."""
+        raise NotImplementedError
+
+    def from_the_end(self) -> ReverseWeigh | None:
+        """The same weights, asked from the last rows to the first, once; None: they need the stats of all tokens."""
+        raise NotImplementedError
+
 
 ALL_ROWS = slice(None)
 

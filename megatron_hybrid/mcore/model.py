@@ -30,6 +30,7 @@ from megatron_hybrid.parallel import ParallelContext
 
 __all__ = [
     "StaticInferenceContext",
+    "forward_replaced",
     "head_logits",
     "last_position_logits",
     "model_forward",
@@ -37,6 +38,7 @@ __all__ = [
     "pipeline_forward",
     "response_hidden",
     "unwrap_model",
+    "whole_hidden",
 ]
 
 OutputProcessor = Callable[..., Tensor]
@@ -123,8 +125,7 @@ def _processed(bare: Any, output_processor: OutputProcessor, context: Any, resul
     original = layer.forward
 
     def forward(hidden_states: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-        layer.forward = original  # the processor calls the layer itself
-        try:
+        with forward_replaced(layer, original):  # the processor calls the layer itself
             result = output_processor(
                 hidden_states=hidden_states,
                 output_layer=layer,
@@ -132,20 +133,25 @@ def _processed(bare: Any, output_processor: OutputProcessor, context: Any, resul
                 scale_logits=bare._scale_logits,
                 context=context,
             )
-        finally:
-            layer.forward = forward
         results.append(result)
         return hidden_states.new_zeros(1, 1, 1), None  # [s, b, v/tp] as far as the model can tell
 
-    own = "forward" in vars(layer)
-    layer.forward = forward
+    with forward_replaced(layer, forward):
+        yield
+
+
+@contextlib.contextmanager
+def forward_replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, calls of the module run `forward`, between the hooks of the module; then it is as it was."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        if own:
-            layer.forward = original
+        if before is not None:
+            module.forward = before
         else:
-            del layer.forward
+            del module.forward
 
 
 def response_hidden(hidden_states: Tensor, rows: Tensor, output_layer: Any) -> Tensor:
@@ -153,19 +159,21 @@ def response_hidden(hidden_states: Tensor, rows: Tensor, output_layer: Any) -> T
 
     hidden_states  [s, b, h]; under sequence parallelism this rank's [s/tp, b, h], gathered here
     rows           [n] int64, indices into the flattened [s, b]
+
+    The head sums the gradient over tensor-parallel ranks on its [n, h] rows, so backward only takes this rank's part:
+    one all-gather forward, nothing backward. Summing here would cost a reduce-scatter of all positions.
     """
-    return _whole(hidden_states, output_layer).flatten(0, 1).index_select(0, rows)
+    return whole_hidden(hidden_states, output_layer, sum_gradient=False).flatten(0, 1).index_select(0, rows)
 
 
-def _whole(hidden_states: Tensor, output_layer: Any) -> Tensor:
-    """[s/tp, b, h] of sequence parallelism to [s, b, h].
+def whole_hidden(hidden_states: Tensor, output_layer: Any, *, sum_gradient: bool) -> Tensor:
+    """[s/tp, b, h] of sequence parallelism to [s, b, h]; without it the same tensor.
 
-    `head_logits` sums the gradient over tensor-parallel ranks on its [n, h] rows, so backward only takes this rank's
-    part: one all-gather forward, nothing backward. Summing here would cost a reduce-scatter of all positions.
+    sum_gradient  whether backward sums over tensor-parallel ranks, by a reduce-scatter; else the head has done so
     """
     if not output_layer.sequence_parallel:
         return hidden_states
-    return cast(Tensor, gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False))
+    return cast(Tensor, gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=sum_gradient))
 
 
 def head_logits(
@@ -189,7 +197,8 @@ def last_position_logits(
     *, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any
 ) -> Tensor:
     """An `output_processor`: logits of the last position only, [s, b, h] or [s/tp, b, h] to [b, v/tp]."""
-    return head_logits(_whole(hidden_states, output_layer)[-1], output_layer, output_weight, scale_logits)
+    hidden = whole_hidden(hidden_states, output_layer, sum_gradient=False)
+    return head_logits(hidden[-1], output_layer, output_weight, scale_logits)
 
 
 def pipeline_forward(

@@ -35,6 +35,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.parallel_state", "initialize_model_parallel"),
     ("megatron.core.pipeline_parallel", "get_forward_backward_func"),
     ("megatron.core.process_groups_config", "ProcessGroupCollection"),
+    ("megatron.core.tensor_parallel", "ColumnParallelLinear"),
     ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"),
     ("megatron.core.tensor_parallel.random", "model_parallel_cuda_manual_seed"),
     ("megatron.core.transformer", "TransformerConfig"),
@@ -113,7 +114,7 @@ def check_used(path: str, function: Any, names: tuple[str, ...]) -> None:
     if missing:
         raise MegatronMismatch(
             f"{path} of megatron-core {megatron_version()} does not use {', '.join(missing)}, through which this "
-            f"package reaches the hidden states (seen with {SEEN_VERSIONS}). Install that version, or adapt "
+            f"package reaches hidden states and logits (seen with {SEEN_VERSIONS}). Install that version, or adapt "
             "megatron_hybrid/mcore."
         )
 
@@ -132,6 +133,7 @@ def check_megatron() -> None:
         check_parameters(f"{module}.{name}", borrow(module, name), expected)
     gpt = borrow("megatron.core.models.gpt", "GPTModel")
     check_parameters("GPTModel.forward", gpt.forward, ("output_processor", "output_processor_context"))
+    check_used("GPTModel._scale_logits", gpt._scale_logits, ("use_mup", "mup_output_mult"))
     hybrid = borrow("megatron.core.models.hybrid.hybrid_model", "HybridModel")
     check_used("HybridModel.forward", hybrid.forward, ("post_process", "output_layer", "_scale_logits"))
 

@@ -23,17 +23,12 @@ from megatron_hybrid.ops.function import Passes
 from megatron_hybrid.ops.lm_head_chunks import Chunk, Head, default_chunk_size
 from megatron_hybrid.ops.lm_head_function import HeadPlan, LinearHybridLossFunction, Weights
 from megatron_hybrid.parallel import Group
-from megatron_hybrid.records import TokenStats, Weigh
+from megatron_hybrid.records import ReverseWeigh, TokenStats, Weigh
 
 Teacher = tuple[Tensor, Tensor] | Callable[[Any], Tensor]
 """Hidden states [..., h_q] and head shard [v/tp, h_q] of a plain head; or a function of rows that returns their logits
 [r, v/tp], as `LogitsPayload.logits`: for a head with more to it. Rows: a slice of the flattened target, or [r] int64
 where `ignore_index` skips rows. It is asked again in backward and must answer the same; no gradient is taken."""
-
-ReverseWeigh = Callable[[TokenStats, Any], tuple[float | Tensor, float | Tensor]]
-"""Credit assignment from the end: stats [r] of some rows, and which rows (as a teacher's function is told), to
-(imitation_weight, advantage). Called once for each chunk in a forward, the last rows first, every row once; it may
-remember what it saw. So a closed-form cost-to-go can be had if the later tokens of a response have the later rows."""
 
 
 def linear_hybrid_loss(
@@ -69,11 +64,13 @@ def linear_hybrid_loss(
                      layers do; elsewhere it arrives through autograd, in the weight's dtype. fp32 sums in both cases
     teacher          see `Teacher`; None: no imitation term
     target           [...] global token ids, the same on every rank
-    reverse_weigh    see `ReverseWeigh`; in the place of `weigh`, `imitation_weight` and `advantage`
-    one_pass         four matrix products in place of up to six: gradients are made in forward, and held until backward
-                     scales them, dW in fp32. Needs weights that are known chunk by chunk (not `weigh`), and a loss
-                     whose gradient is the same number for all tokens, such as the sum's times a loss scale: anything
-                     else raises as a bad target does. fp16 gradients are rounded before the loss scale: use two passes
+    reverse_weigh    see `records.ReverseWeigh`; in the place of `weigh`, `imitation_weight` and `advantage`
+    one_pass         allows four matrix products in place of up to six: gradients are made in forward, and held until
+                     backward scales them, dW in fp32. Needs weights that are known chunk by chunk (not `weigh`), and a
+                     loss whose gradient is the same number for all tokens, such as the sum's times a loss scale:
+                     anything else raises as a bad target does. Two passes are taken all the same where one chunk holds
+                     all tokens, because they take four products then and hold no dW, and in fp16, whose gradients would
+                     be rounded before the loss scale
     chunk_size       tokens whose logits exist at a time, at most; the same on every rank. None: 512 on a CPU, elsewhere
                      the power of two between 256 and 8192 that takes an eighth of the free memory. It changes the order
                      of sums: fix it where runs must repeat to the bit
@@ -104,8 +101,9 @@ def linear_hybrid_loss(
     )
     _check_weights(imitation_weight, advantage, weigh, reverse_weigh, one_pass)
     if chunk_size is None:
-        num_logits = len(weight) * (1 + (teacher is not None) + (logit_softcap is not None))
-        chunk_size = default_chunk_size(num_logits * weight.element_size(), weight.device, group)
+        chunk_size = default_chunk_size(
+            weight, has_teacher=teacher is not None, has_softcap=logit_softcap is not None, group=group
+        )
     pair = (teacher[0].detach(), teacher[1].detach()) if isinstance(teacher, tuple) else (None, None)
     plan = HeadPlan(
         call=call,
@@ -115,7 +113,7 @@ def linear_hybrid_loss(
         weigh_all=weights_of(target, imitation_weight, advantage, weigh),
         weigh_chunk=_weigh_chunk(call, target, imitation_weight, advantage, reverse_weigh) if weigh is None else None,
         chunk_size=chunk_size,
-        one_pass=one_pass,
+        one_pass=one_pass and len(call.target) > chunk_size and weight.dtype != torch.float16,
         sum_hidden_grad=sum_hidden_grad,
         differentiate=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
     )

@@ -93,17 +93,18 @@ def chunks_of(call: Call, size: int) -> list[Chunk]:
     ]
 
 
-@cache
-def default_chunk_size(row_bytes: int, device: torch.device, group: Group) -> int:
-    """Tokens per chunk: a constant on a CPU, elsewhere what fits in free memory, a power of two.
+def default_chunk_size(weight: Tensor, *, has_teacher: bool, has_softcap: bool = False, group: Group = None) -> int:
+    """Tokens per chunk for a head [v/tp, h]: a constant on a CPU, elsewhere what fits in free memory, a power of two.
 
-    row_bytes  logits of one token, student and teacher together
-
-    Chosen once per process and head, and the same on all tensor-parallel ranks: the first call holds one all-gather of
-    8 bytes and waits for it, later ones know.
+    Chosen once per process and size of a token's logits, and the same on all tensor-parallel ranks: the first call
+    holds one all-gather of 8 bytes and waits for it, later ones know.
     """
-    if device.type == "cpu":
-        return CPU_CHUNK
+    row_bytes = len(weight) * (1 + has_teacher + has_softcap) * weight.element_size()
+    return CPU_CHUNK if weight.device.type == "cpu" else _fitting(row_bytes, weight.device, group)
+
+
+@cache
+def _fitting(row_bytes: int, device: torch.device, group: Group) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     fits = torch.tensor([free // _FREE_SHARE // row_bytes], device=device)

@@ -8,10 +8,15 @@
 The immediate cost c_t is not in C: the op's dense term, weighted by beta, is its exact gradient. The op sees n response
 tokens and knows neither rows nor positions: they travel in here.
 
+C and its group baseline look at later positions alone, so credit can also be asked from the last tokens to the first,
+some at a time (`from_the_end`): the fused LM head then needs each token's logits once. Not so under context
+parallelism, where other ranks hold later tokens, and where a weight is a product over a response.
+
 Collectives: none at cp = 1; else at most one all-reduce of what has to be summed over a response (`token_table.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +24,8 @@ from torch import Tensor
 from megatron_hybrid.config import FUTURE_COSTS
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.metrics import Metrics
-from megatron_hybrid.parallel import Group
-from megatron_hybrid.records import TokenStats
+from megatron_hybrid.parallel import Group, GroupView
+from megatron_hybrid.records import ReverseWeigh, ReversibleWeigh, TokenStats
 from megatron_hybrid.returns import corrections
 from megatron_hybrid.returns.baselines import cost_baseline
 from megatron_hybrid.returns.corrections import Correction
@@ -29,7 +34,7 @@ from megatron_hybrid.returns.token_table import TokenTable, Whole
 
 
 @dataclass(frozen=True)
-class CreditAssignment:
+class CreditAssignment(ReversibleWeigh):
     """A `Weigh` (see records.py) that can also be asked for the advantage alone. Made by `make_weigh`."""
 
     reward_advantage: Tensor
@@ -55,13 +60,16 @@ class CreditAssignment:
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         """(imitation_weight, advantage), both [n] fp32, detached; every context-parallel rank must call."""
         values = self._costs(stats)
-        if self.sampled_logprobs is None:
-            return self._imitation(stats), self._advantage(self.tokens.whole(values))
-        log_ratio, known = corrections.log_ratios(stats.log_prob, self.sampled_logprobs)
-        if self.correction.spans_responses:
-            values["log_ratio"] = log_ratio
-        whole = self.tokens.whole(values)
-        return self._corrected(self._imitation(stats), self._advantage(whole), whole, log_ratio, known)
+        if self._spans_responses:
+            values["log_ratio"], _ = self._log_ratios(stats)
+        return self._weights(stats, self.tokens.whole(values))
+
+    def from_the_end(self) -> ReverseWeigh | None:
+        """The same weights from the last rows to the first, where positions ascend over the n tokens; None: every
+        weight needs all tokens, or other ranks hold later ones."""
+        if self._spans_responses or GroupView.of(self.tokens.cp_group).size > 1:
+            return None
+        return _FromTheEnd(self)
 
     def advantage(self, stats: TokenStats) -> Tensor:
         """A_t [n] fp32, before any correction; every context-parallel rank must call."""
@@ -92,6 +100,21 @@ class CreditAssignment:
         # credit says how bad that was.
         return reward - self.imitation_weight * self.tokens.own(torch.where(future.isfinite(), future, 0.0))
 
+    @property
+    def _spans_responses(self) -> bool:
+        return self.sampled_logprobs is not None and self.correction.spans_responses
+
+    def _log_ratios(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        assert self.sampled_logprobs is not None
+        return corrections.log_ratios(stats.log_prob, self.sampled_logprobs)
+
+    def _weights(self, stats: TokenStats, whole: Whole) -> tuple[Tensor, Tensor]:
+        """Both weights of these tokens, once what is summed over responses is there."""
+        imitation, advantage = self._imitation(stats), self._advantage(whole)
+        if self.sampled_logprobs is None:
+            return imitation, advantage
+        return self._corrected(imitation, advantage, whole, *self._log_ratios(stats))
+
     def _corrected(
         self, imitation: Tensor, advantage: Tensor, whole: Whole, token_log_ratio: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -113,6 +136,32 @@ class CreditAssignment:
                 weights=weights,
             )
         return imitation, weights * advantage
+
+
+class _FromTheEnd:
+    """A `ReverseWeigh`: remembers what later tokens cost. Earlier ones count as 0, where nobody who is asked looks."""
+
+    def __init__(self, credit: CreditAssignment) -> None:
+        self.credit = credit
+        tokens = credit.tokens
+        self.mask = tokens.whole({}).mask
+        self.costs = torch.zeros_like(self.mask, dtype=torch.float32)
+        torch._assert_async(
+            (tokens.position[1:] >= tokens.position[:-1]).all(),
+            "credit is asked from the last tokens to the first, but their positions do not ascend: a cost-to-go would "
+            "miss what comes later. Sort the tokens by position, as Megatron's flattened [s, b] has them.",
+        )
+
+    def __call__(self, stats: TokenStats, rows: Any) -> tuple[Tensor, Tensor]:
+        of, tokens = self.credit, self.credit.tokens
+        sampled = None if of.sampled_logprobs is None else of.sampled_logprobs[rows]
+        here = replace(tokens, row=tokens.row[rows], position=tokens.position[rows])
+        part = replace(of, tokens=here, sampled_logprobs=sampled)
+        costs = part._costs(stats)
+        if costs:
+            self.costs[here.row, here.position] = costs["cost"].detach().float()
+            costs = {"cost": self.costs}
+        return part._weights(stats, Whole(self.mask, costs))
 
 
 def make_weigh(

@@ -1,17 +1,16 @@
 """The function Megatron's schedule calls: the model with our output processor, and the loss it reduces.
 
-On the last stage, per micro-batch:  hidden [s, b, h] -> rows that predict a response token [n, h] -> LM head -> student
-logits [n, v/tp], with the teacher's from its payload -> op (stats, credit, loss [n]) -> (sum, count, report). Megatron
-divides the summed gradient by the summed count (`--calculate-per-token-loss`), which makes the normaliser global.
+On the last stage, per micro-batch:  hidden [s, b, h] -> rows that predict a response token [n, h] -> LM head and op
+(`response_loss.py`): loss [n] -> (sum, count, report). Megatron divides the summed gradient by the summed count
+(`--calculate-per-token-loss`), which makes the normaliser global.
 
-Collectives: the op's one all-gather over tp (two with another divergence), and as many more plus one in micro-batches
-whose gradient norms are measured; those of the credit under context parallelism.
+Collectives: those of the loss; as many of the op's and one more in micro-batches whose gradient norms are measured;
+those of the credit under context parallelism.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,25 +19,16 @@ from torch import Tensor
 
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.mcore.model import head_logits, model_forward, response_hidden
+from megatron_hybrid.mcore.head_parts import HeadParts, head_parts
+from megatron_hybrid.mcore.model import head_logits, model_forward, response_hidden, whole_hidden
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
-from megatron_hybrid.ops.diagnostics import logit_gradient_norms
-from megatron_hybrid.ops.topk import vocab_parallel_topk_hybrid_loss
-from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HybridMicrobatch, TokenStats, TopKPayload
+from megatron_hybrid.ops.lm_head import linear_hybrid_loss
+from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, TopKPayload
+from megatron_hybrid.schedule.response_loss import ResponseLoss, Runtime
 
 IGNORED = -100
 Output = tuple[Tensor, Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What the forward step must know of the job besides the method; filled once Megatron is initialised."""
-
-    tp: GroupView
-    vocab_size: int
-    """True vocabulary."""
 
 
 class HybridForwardStep:
@@ -74,7 +64,7 @@ class HybridForwardStep:
         self.teacher = teacher
         self.runtime: Runtime | None = None
         self.gradient_norms = False
-        """Whether to measure the dense and sparse gradient norms in logits: two more reads of both heads' logits."""
+        """Whether to measure the dense and sparse gradient norms in logits: they are made once more, and read twice."""
         self.metrics = Metrics()
         """Per-token numbers of the micro-batches so far, last stage only; the online loop renews it every step."""
         self.token_kl: list[Tensor] | None = None
@@ -121,60 +111,29 @@ class HybridForwardStep:
         **_: Any,
     ) -> Tensor:
         """An `output_processor`: [s, b, h] to the loss per response token [n], scaled to its share of the count."""
-        config, batch = self._ready(), context
+        batch, config = context, self._ready()
         hidden = response_hidden(hidden_states, batch.student.token_rows, output_layer)
-        student = head_logits(hidden, output_layer, output_weight, scale_logits)
-        weights: list[tuple[Tensor, Tensor]] = []
+        loss, head = ResponseLoss(config, self._known(), batch), None
+        if config.lm_head == "fused" and not isinstance(batch.teacher, TopKPayload):
+            head = head_parts(output_layer, output_weight, scale_logits)
 
-        def weigh(stats: TokenStats) -> tuple[Tensor, Tensor]:
-            imitation, advantage = batch.weigh(stats)
-            weights.append((imitation, advantage))
-            return imitation * batch.token_scale, advantage * batch.token_scale
+        def logits_of(rows: slice) -> Tensor:
+            return head_logits(hidden[rows], output_layer, output_weight, scale_logits)
 
-        inplace = torch.is_grad_enabled()
-        if isinstance(batch.teacher, TopKPayload):
-            options = self._student_options()
-            result = vocab_parallel_topk_hybrid_loss(
-                student,
-                batch.teacher.ids,
-                batch.teacher.log_probs,
-                batch.targets,
-                weigh=weigh,
-                inplace=inplace,
-                **options,
-            )
-        else:
-            teacher = batch.teacher.logits() if batch.teacher is not None else None
-            options = self._student_options() | self._teacher_options()
-            result = vocab_parallel_hybrid_loss(
-                student, teacher, batch.targets, weigh=weigh, inplace=inplace, backend=config.backend, **options
-            )
-        ((imitation, advantage),) = weights
-        self._measure(batch, result, imitation, advantage)
+        result = loss.from_logits(logits_of(ALL_ROWS)) if head is None else loss.fused(hidden, head)
+        self._measure(batch, result, *loss.used_weights())
         if self.gradient_norms and not isinstance(batch.teacher, TopKPayload):
-            with torch.no_grad():
-                dense, sparse = logit_gradient_norms(student, teacher, batch.targets, imitation, advantage, **options)
-            self.metrics.mean("actor/grad_norm_dense", dense)
-            self.metrics.mean("actor/grad_norm_sparse", sparse)
+            self._measure_gradients(loss, logits_of, len(hidden) if head is None else loss.chunk_size(head.weight))
         return result.loss
 
-    def _student_options(self) -> dict[str, Any]:
-        config, runtime = self._ready(), self._known()
-        return {
-            "student_temperature": config.student_temperature,
-            "vocab_size": runtime.vocab_size,
-            "group": runtime.tp.group,
-            "ignore_index": None,
-        }
-
-    def _teacher_options(self) -> dict[str, Any]:
-        config = self._ready()
-        return {
-            "teacher_temperature": config.teacher_temperature,
-            "teacher_logit_floor": config.teacher_logit_floor,
-            "divergence": config.divergence,
-            "divergence_mix": config.divergence_mix,
-        }
+    @torch.no_grad()
+    def _measure_gradients(self, loss: ResponseLoss, logits_of: Callable[[slice], Tensor], chunk_size: int) -> None:
+        """As the loss's own gradient they need all logits: made once more, `chunk_size` tokens at a time."""
+        for start in range(0, max(len(loss.batch.targets), 1), max(chunk_size, 1)):
+            rows = slice(start, start + chunk_size)
+            dense, sparse = loss.gradient_norms(logits_of(rows), rows)
+            self.metrics.mean("actor/grad_norm_dense", dense)
+            self.metrics.mean("actor/grad_norm_sparse", sparse)
 
     def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
         drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
@@ -210,23 +169,45 @@ class HybridForwardStep:
     def _demonstration_output(
         self, *, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, context: Any, **_: Any
     ) -> Tensor:
-        """An `output_processor`: cross-entropy per token [b, s], as Megatron's own, out of the hybrid op."""
+        """An `output_processor`: cross-entropy per token [b, s], as Megatron's own times the loss mask."""
         labels, loss_mask = context
         config, runtime = self._ready(), self._known()
-        logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
-        result = vocab_parallel_hybrid_loss(
-            scale_logits(logits),
-            None,
-            torch.where(loss_mask > 0, labels, IGNORED).T.contiguous(),
-            imitation_weight=0.0,
-            advantage=1.0,
-            vocab_size=runtime.vocab_size,
-            group=runtime.tp.group,
-            inplace=torch.is_grad_enabled(),
-            ignore_index=IGNORED,
-            backend=config.backend,
-        )
+        target = torch.where(loss_mask > 0, labels, IGNORED).T.contiguous()
+        options: dict[str, Any] = {
+            "imitation_weight": 0.0,
+            "advantage": loss_mask.T.float(),
+            "vocab_size": runtime.vocab_size,
+            "group": runtime.tp.group,
+            "ignore_index": IGNORED,
+            "backend": config.backend,
+        }
+        head = head_parts(output_layer, output_weight, scale_logits) if config.lm_head == "fused" else None
+        if head is None:
+            logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
+            logits = scale_logits(logits)
+            result = vocab_parallel_hybrid_loss(logits, None, target, inplace=torch.is_grad_enabled(), **options)
+        else:
+            result = self._fused_cross_entropy(hidden_states, head, target, options)
         return result.loss.T.contiguous()
+
+    def _fused_cross_entropy(
+        self, hidden_states: Tensor, head: HeadParts, target: Tensor, options: dict[str, Any]
+    ) -> HybridLoss:
+        """All positions count: under sequence parallelism the gather's reduce-scatter sums their gradient."""
+        hidden = whole_hidden(hidden_states, head.layer, sum_gradient=True)
+        return head.run(
+            lambda: linear_hybrid_loss(
+                hidden,
+                head.weight,
+                None,
+                target,
+                one_pass=True,
+                chunk_size=self._ready().lm_head_chunk_size,
+                logit_scale=head.logit_scale,
+                sum_hidden_grad=hidden is hidden_states,
+                **options,
+            )
+        )
 
     def _ready(self) -> HybridConfig:
         if self.config is None:
@@ -260,8 +241,7 @@ def _hybrid_loss(count: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[st
 
 
 def _demonstration_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    mask = loss_mask.reshape(-1).float()
-    return _three(torch.sum(output.reshape(-1).float() * mask), mask.sum().detach().int(), "lm loss")
+    return _three(output.sum(), loss_mask.float().sum().int(), "lm loss")  # the mask is in the loss already
 
 
 def _three(loss: Tensor, count: Tensor, name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

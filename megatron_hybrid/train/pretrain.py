@@ -22,9 +22,10 @@ from megatron_hybrid.config import HybridConfig, OnlineConfig, as_dict
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.symbols import borrow, check_megatron
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.schedule.forward_step import HybridForwardStep, Runtime
+from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import injected
 from megatron_hybrid.schedule.layout import SequenceLayout
+from megatron_hybrid.schedule.response_loss import Runtime
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.loop import OnlineLoop, Teachers

@@ -38,6 +38,8 @@ class Problem:
     reward_weight: float = 1.5
     off_policy: bool = False
     """Sampled under other probabilities, with exact importance weights; else on-policy, uncorrected."""
+    lm_head: str = "fused"
+    """In chunks of 3 tokens: several in every micro-batch, so in one pass where credit allows it."""
 
     @property
     def config(self) -> HybridConfig:
@@ -51,6 +53,8 @@ class Problem:
             rollout_correction="sequence_truncate" if self.off_policy else "none",
             rollout_is_threshold=float("inf"),
             prefix_correction=self.off_policy,
+            lm_head=self.lm_head,
+            lm_head_chunk_size=3 if self.lm_head == "fused" else None,
         )
 
 

@@ -49,6 +49,7 @@ PROBLEMS = {
     "responses of length 0, 1 and full": Problem(lengths=(0, 1, 13, 0, 0, 12, 1, 0), borders=(1, 3, 1, 5, 2, 2, 13, 4)),
     "micro-batches without a token": Problem(lengths=(0, 0, 0, 0, 7, 0, 0, 3)),
     "off-policy, exact weights": Problem(off_policy=True),
+    "whole logits": Problem(lm_head="logits"),
 }
 
 

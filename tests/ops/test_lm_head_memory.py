@@ -81,5 +81,9 @@ def test_a_gpus_chunk_takes_an_eighth_of_the_free_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 30)
     monkeypatch.setattr(lm_head_chunks.torch, "tensor", lambda values, device: Tensor(values).long())
-    size = lm_head_chunks.default_chunk_size.__wrapped__(2 * 2 * 64000, GPU, None)
+    lm_head_chunks._fitting.cache_clear()
+    with FakeTensorMode():
+        head = torch.empty(64000, 8, device=GPU, dtype=torch.bfloat16)
+    size = lm_head_chunks.default_chunk_size(head, has_teacher=True)
+    lm_head_chunks._fitting.cache_clear()
     assert size == expected

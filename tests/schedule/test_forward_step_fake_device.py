@@ -15,11 +15,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.mcore.head_parts import HeadParts
 from megatron_hybrid.ops.function import HybridLossFunction
+from megatron_hybrid.ops.lm_head_function import LinearHybridLossFunction
 from megatron_hybrid.parallel import GroupView
 from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput, TokenStats
 from megatron_hybrid.returns.weights import make_weigh
-from megatron_hybrid.schedule.forward_step import HybridForwardStep, Runtime, _hybrid_loss
+from megatron_hybrid.schedule import forward_step
+from megatron_hybrid.schedule.forward_step import HybridForwardStep, _hybrid_loss
+from megatron_hybrid.schedule.response_loss import Runtime
 from megatron_hybrid.train.loop import OnlineLoop
 
 GPU = torch.device("cuda:0")
@@ -28,20 +32,22 @@ S, B, H, TEACHER_H, COLUMNS, VOCAB, N = 9, 4, 16, 24, 50, 45, 12
 
 
 @pytest.fixture(autouse=True)
-def _fake() -> Iterator[None]:
+def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(forward_step, "head_parts", lambda layer, weight, scale: HeadParts(layer, weight, 1.0))
     with FakeTensorMode():
         yield
 
 
-class Head:
+class Head(torch.nn.Module):
     """Megatron's ColumnParallelLinear as the processor meets it: (hidden [s, b, h], weight=...) to (logits, None)."""
 
     sequence_parallel = False
 
     def __init__(self) -> None:
+        super().__init__()
         self.logits: list[Tensor] = []
 
-    def __call__(self, hidden: Tensor, *, weight: Tensor, runtime_gather_output: bool) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, *, weight: Tensor, runtime_gather_output: bool) -> tuple[Tensor, None]:
         assert hidden.dim() == 3 and runtime_gather_output is False
         self.logits.append(hidden @ weight.T)
         return self.logits[-1], None
@@ -104,8 +110,11 @@ def last_stage(
 @pytest.mark.parametrize("with_teacher", [True, False])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("future_cost", ["closed_form", "sampled"])
-def test_a_step_of_the_last_stage_stays_on_the_device(dtype, with_teacher, grouped, future_cost):
-    config = HybridConfig(discount=0.9, future_cost=future_cost, student_temperature=0.8, teacher_logit_floor=-40.0)
+@pytest.mark.parametrize("lm_head", [{"lm_head_chunk_size": 5}, {"lm_head": "logits"}], ids=["fused", "logits"])
+def test_a_step_of_the_last_stage_stays_on_the_device(dtype, with_teacher, grouped, future_cost, lm_head):
+    config = HybridConfig(
+        discount=0.9, future_cost=future_cost, student_temperature=0.8, teacher_logit_floor=-40.0, **lm_head
+    )
     batch = micro_batch(config, dtype, with_teacher=with_teacher, grouped=grouped)
     step, loss, head = last_stage(batch, config, dtype)
     assert loss.device == GPU and loss.dtype == torch.float32 and loss.shape == (N,)
@@ -113,14 +122,19 @@ def test_a_step_of_the_last_stage_stays_on_the_device(dtype, with_teacher, group
     total, count, report = _hybrid_loss(batch.count, loss)
     assert all(value.device == GPU for value in (total, count, *report.values()))
     # Called directly: autograd's engine wants a real device.
-    gradient, *_ = HybridLossFunction.backward(loss.grad_fn, torch.ones(N, device=GPU))
-    (logits,) = head.logits
-    assert gradient.device == GPU and gradient.dtype == dtype and gradient.shape == logits.squeeze(1).shape
-    assert logits.requires_grad  # the head's own backward takes over from here
+    if config.lm_head == "fused":
+        gradients = LinearHybridLossFunction.backward(loss.grad_fn, torch.ones(N, device=GPU))[:2]
+        shapes = [(N, H), (COLUMNS, H)]
+    else:
+        gradients = HybridLossFunction.backward(loss.grad_fn, torch.ones(N, device=GPU))[:1]
+        assert head.logits[0].requires_grad  # the head's own backward takes over from here
+        shapes = [(N, COLUMNS)]
+    for gradient, shape in zip(gradients, shapes, strict=True):
+        assert gradient.device == GPU and gradient.dtype == dtype and gradient.shape == shape
 
 
 def test_metrics_stay_on_the_device_until_they_are_reduced():
-    config = HybridConfig()
+    config = HybridConfig(lm_head_chunk_size=5)
     step, _, _ = last_stage(micro_batch(config, torch.bfloat16), config, torch.bfloat16)
     collected = {**step.metrics._sums, **step.metrics._weights, **step.metrics._peaks}
     assert {"actor/kl_loss", "actor/grad_norm_dense", "actor/grad_norm_sparse"} <= collected.keys()
@@ -133,7 +147,7 @@ def test_metrics_stay_on_the_device_until_they_are_reduced():
     "place", ["token_scale", "token_rows", "targets", "sampled_logprobs", "reward_advantage", "weights"]
 )
 def test_the_rehearsal_notices_a_tensor_on_the_wrong_device(place):
-    config = HybridConfig()
+    config = HybridConfig(lm_head_chunk_size=5)
     batch = micro_batch(config, torch.float32)
     wrong: Any
     if place == "reward_advantage":
