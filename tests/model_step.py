@@ -13,6 +13,8 @@ from tests.distributed.gradient import shards
 VOCAB = 61
 B, S = 3, 8
 UNTIED = {"untie_embeddings_and_output_weights": True}
+HYBRID = {"hybrid_layer_pattern": "*-*-", "num_layers": None}
+MUP = {"use_mup": True, "mup_base_hidden_size": 16}
 
 
 def one_step(model: list[Any], forward: Callable[..., Any], *, seq_length: int, micro_batch_size: int) -> None:

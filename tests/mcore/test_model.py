@@ -15,9 +15,8 @@ from megatron_hybrid.mcore.model import head_logits, model_forward, response_hid
 from megatron_hybrid.mcore.unsliced import unsliced
 from megatron_hybrid.runtime import cpu
 from tests.distributed.gradient import assert_same, whole
-from tests.model_step import logits_of, step
+from tests.model_step import HYBRID, logits_of, step
 
-HYBRID = {"hybrid_layer_pattern": "*-*-", "num_layers": None}
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 

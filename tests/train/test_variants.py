@@ -38,6 +38,14 @@ def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str) ->
     return all(a[name] == pytest.approx(b[name], rel=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_whole_logits_and_the_fused_head_train_alike(rank_pool, folder, plain):
+    chunks = records(rank_pool, folder, "chunks", hybrid_lm_head_chunk_size=5)
+    logits = records(rank_pool, folder, "logits", hybrid_lm_head="logits")
+    for name in ("actor/grad_norm", "actor/grad_norm_dense", "actor/grad_norm_sparse", "actor/kl_loss"):
+        assert same(chunks[:1], plain[:1], name) and same(logits[:1], plain[:1], name)
+    assert same(chunks, plain, "actor/grad_norm") and same(logits, plain, "actor/grad_norm")
+
+
 @pytest.mark.parametrize("baseline", ["none", "grpo", "reinforce_plus_plus", "running_mean"])
 def test_a_baseline_changes_the_advantages_and_not_the_rollouts(rank_pool, folder, plain, baseline):
     found = records(rank_pool, folder, baseline, hybrid_baseline=baseline)
