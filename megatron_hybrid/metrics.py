@@ -56,7 +56,8 @@ MEANINGS = {
     "rollout_corr/k3_kl": "the same KL from ratio - 1 - log ratio: never negative, less noise",
     "rollout_corr/unknown_fraction": "share of response tokens whose sampler gave no finite log-prob: not corrected",
     "actor/pg_clipfrac": "share of response tokens that ppo_clip stops",
-    "timing_s": "seconds, slowest rank: /rollout, /reward, /teacher, /update, and the whole /step",
+    "timing_s": "seconds, slowest rank: /rollout, /teacher, /reward (what is still to wait for after the teacher), "
+    "/credit, /update, and the whole /step",
     "perf/throughput": "tokens per second, prompts and responses, all ranks together",
     "perf/total_num_tokens": "tokens of the step, prompts and responses",
     "perf/max_memory_allocated_gb": "peak accelerator memory, largest rank",

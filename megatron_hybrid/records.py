@@ -192,12 +192,14 @@ class HybridMicrobatch:
     """The same object, or the same responses after the prompts that the teacher reads; rows in the same order."""
     sequence_of_token: Tensor
     """[n] int64: which sequence of the micro-batch a response token belongs to."""
+    position_of_token: Tensor
+    """[n] int64: its position in that sequence, prompt included, whichever rank holds it; ascending."""
     tasks: tuple[str, ...]
     """Task of each sequence of the micro-batch."""
     targets: Tensor
     """[n] int64: the tokens they predict."""
     weigh: Weigh
-    """Credit of these tokens, normalised by nobody yet."""
+    """Credit of these tokens, normalised by nobody yet; imitation alone until `schedule/microbatch.credited`."""
     token_scale: Tensor
     """[n] fp32: share of a token in its sequence's term (1, or 1/length); set by `schedule/normalise.py`."""
     count: Tensor

@@ -110,3 +110,9 @@ def test_a_copy_of_the_student_follows_in_one_way_and_only_where_there_is_one(se
 @pytest.mark.parametrize("load", ["self", "math=self,*=folder", "0.5*self,0.5*folder", "a=folder, b=self"])
 def test_a_copy_may_be_one_of_several_teachers(load):
     assert OnlineConfig(teacher_load=load, teacher_ema_decay=0.9).teacher_ema_decay == 0.9
+
+
+@pytest.mark.parametrize("settings", [{"lm_head_chunk_size": 0}, {"lm_head": "logits", "lm_head_chunk_size": 8}])
+def test_a_chunk_size_that_means_nothing_is_refused(settings):
+    with pytest.raises(ConfigError, match="lm_head_chunk_size is .* fused head makes at a time"):
+        HybridConfig(**settings)

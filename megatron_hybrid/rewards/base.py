@@ -9,6 +9,8 @@ class Reward(Protocol):
     """One response to one number. A reward is maximised; most lie in [0, 1]."""
 
     name: str
+    main_thread_only: bool
+    """Whether it works in the main thread only (alarm signals do); other rewards are made while the teacher reads."""
 
     def score(self, prompt: Prompt, response: str) -> float: ...
 

@@ -20,6 +20,7 @@ class RewardBySource:
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         self._rewards = dict(rewards)
+        self.main_thread_only = any(reward.main_thread_only for reward in self._rewards.values())
 
     def score(self, prompt: Prompt, response: str) -> float:
         source = prompt.entry.get("source")

@@ -13,6 +13,7 @@ from megatron_hybrid.rewards.base import extract_answer
 
 class ExactMatchReward:
     name = "exact_match"
+    main_thread_only = False
 
     def score(self, prompt: Prompt, response: str) -> float:
         if prompt.answer is None:

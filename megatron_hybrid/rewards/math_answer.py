@@ -14,6 +14,7 @@ from megatron_hybrid.rewards.base import extract_answer
 
 class MathAnswerReward:
     name = "math_answer"
+    main_thread_only = True
 
     def __init__(self) -> None:
         try:

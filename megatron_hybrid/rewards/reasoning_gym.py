@@ -25,6 +25,7 @@ class ReasoningGymReward:
     """Score of the extracted answer under `entry["record"]`, in [0, 1] for all tasks known to us."""
 
     name = "reasoning_gym"
+    main_thread_only = False
 
     def score(self, prompt: Prompt, response: str) -> float:
         if prompt.entry.get("source") != "reasoning_gym":

@@ -30,6 +30,7 @@ class Rubric:
                 raise ConfigError(f"the {what} must be a finite number, got {value}: it would reach every gradient.")
         self._rewards = dict(rewards)
         self._truncated_reward = truncated_reward
+        self.main_thread_only = any(reward.main_thread_only for reward, _ in self._rewards.values())
 
     def score(self, rollouts: RolloutBatch) -> RewardBatch:
         """Rewards [b] fp32 on the device of the tokens. Reads prompts, responses and truncated; no collectives."""

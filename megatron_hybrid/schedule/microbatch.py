@@ -7,20 +7,36 @@ predicted by t - 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, Weigh
+from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, TokenStats, Weigh
 from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.schedule.normalise import normaliser
 
 CreditFor = Callable[[slice, Tensor, Tensor], Weigh]
-"""(rows of the batch, row of each token [n], column of each token [n]) to the credit of those tokens; rows and columns
-count from the start of the micro-batch and of the sequence. The tokens are those of this rank."""
+"""(rows of the batch, row of each token [n], position of each token [n]) to the credit of those tokens; rows count from
+the start of the micro-batch, positions from that of the sequence. The tokens are those of this rank."""
+
+
+def imitation_alone(stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """The credit of tokens that nothing was scored for: their loss is the divergence."""
+    return torch.ones_like(stats.kl), torch.zeros_like(stats.kl)
+
+
+def credited(batches: Sequence[HybridMicrobatch], credit_for: CreditFor) -> list[HybridMicrobatch]:
+    """The micro-batches of `microbatches`, in its order, with the credit of their tokens."""
+    done, first = [], 0
+    for batch in batches:
+        rows = slice(first, first + len(batch.tasks))
+        weigh = credit_for(rows, batch.sequence_of_token, batch.position_of_token)
+        done.append(replace(batch, weigh=weigh))
+        first = rows.stop
+    return done
 
 
 def microbatches(
@@ -28,10 +44,9 @@ def microbatches(
     *,
     micro_batch_size: int,
     aggregation: str,
-    credit_for: CreditFor,
     layout: SequenceLayout | None = None,
 ) -> list[HybridMicrobatch]:
-    """Consecutive rows, `micro_batch_size` at a time.
+    """Consecutive rows, `micro_batch_size` at a time; without credit.
 
     layout  None: padded, on one rank
 
@@ -57,7 +72,6 @@ def microbatches(
             [_Reading(reading.rows[part], reading.shifts[part]) for reading in readings],
             [of_reading[number] for of_reading in widths],
             aggregation=aggregation,
-            credit_for=credit_for,
             layout=layout,
         )
         for number, part in enumerate(slices)
@@ -104,7 +118,6 @@ def _microbatch(
     widths: list[int],
     *,
     aggregation: str,
-    credit_for: CreditFor,
     layout: SequenceLayout,
 ) -> HybridMicrobatch:
     tokens, mask = rollouts.tokens[rows], rollouts.response_mask[rows]
@@ -121,9 +134,10 @@ def _microbatch(
         student=inputs[0],
         teacher_input=inputs[-1],
         sequence_of_token=sequence,
+        position_of_token=column,
         tasks=tuple(prompt.task for prompt in rollouts.prompts[rows]),
         targets=tokens[sequence, column],
-        weigh=credit_for(rows, sequence, column),
+        weigh=imitation_alone,
         token_scale=scale[sequence],
         # Megatron adds the counts of context-parallel ranks up too, and each of them holds every sequence.
         count=count if layout.cp_rank == 0 else torch.zeros_like(count),

@@ -125,6 +125,7 @@ def _only(batch: HybridMicrobatch, tokens: Tensor) -> HybridMicrobatch:
         student=student,
         teacher_input=student if batch.teacher_input is batch.student else reads(batch.teacher_input),
         sequence_of_token=batch.sequence_of_token[index],
+        position_of_token=batch.position_of_token[index],
         targets=batch.targets[index],
         token_scale=batch.token_scale[index],
         sampled_logprobs=batch.sampled_logprobs[index],

@@ -31,7 +31,7 @@ class Scored:
     """Rollouts of one replica with what became of them; rewards on the last pipeline stage only."""
 
     rollouts: RolloutBatch
-    rewards: Tensor | None
+    rewards: Tensor | None = None
     """[b] fp32."""
     advantages: Tensor | None = None
     """[b] fp32: rewards after the baseline."""
@@ -55,8 +55,11 @@ class Credit:
         self.running_mean = RunningMean(config.baseline_decay)
 
     def collected(self, scored: Scored) -> Scored:
-        """A new collection with its advantages. Collective over data-parallel replicas where the baseline is."""
-        if scored.rewards is None:
+        """A collection with its advantages; unchanged where it has them, or no rewards.
+
+        Collective over data-parallel replicas where the baseline is.
+        """
+        if scored.rewards is None or scored.advantages is not None:
             return scored
         group = self.parallel.dp.group
         advantages = reward_advantages(

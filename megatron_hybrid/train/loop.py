@@ -1,26 +1,29 @@
-"""The online step around Megatron's own: draw, sample, score, credit, annotate, update (Megatron's), measure, report.
+"""The online step around Megatron's own: draw, sample, score, annotate, credit, update (Megatron's), measure, report.
 
-    draw -> sample -> score -> credit -> annotate -> [Megatron's schedule, gradient, optimizer] -> measure -> report
+    draw -> sample -> annotate -> credit -> [Megatron's schedule, gradient, optimizer] -> measure -> report
+                   -> score    ->
 
-`OnlineLoop` is what `schedule/inject.py` calls around each schedule call. The first three happen once per collection,
-from which several steps may learn (`updates.py`). The position in the prompts follows from the number of steps, and
-every random number from the step, the prompt and the sample, so a resumed run goes on exactly; what else a run has to
-remember goes into Megatron's checkpoint with the arguments (`credit.py`) or beside it (the student's copy).
+`OnlineLoop` is what `schedule/inject.py` calls around each schedule call. Rewards are made while the teacher reads.
+Drawing, sampling and scoring happen once per collection, from which several steps may learn (`updates.py`). The
+position in the prompts follows from the number of steps, and every random number from the step, the prompt and the
+sample, so a resumed run goes on exactly; what else a run has to remember goes into Megatron's checkpoint with the
+arguments (`credit.py`) or beside it (the student's copy).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_hybrid.config import SCHEDULED, HybridConfig
 from megatron_hybrid.errors import ConfigError
@@ -28,18 +31,19 @@ from megatron_hybrid.mcore.symbols import borrow
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.prompts.stream import PromptStream
-from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats, Weigh
+from megatron_hybrid.records import HybridMicrobatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
 from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
-from megatron_hybrid.schedule.microbatch import CreditFor, microbatches
+from megatron_hybrid.schedule.microbatch import credited, microbatches
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
 from megatron_hybrid.train.report import RunReport
+from megatron_hybrid.train.scoring import start_scoring
 from megatron_hybrid.train.updates import Updates
 
 logger = logging.getLogger(__name__)
@@ -138,7 +142,7 @@ class OnlineLoop:
             self._copy.update(self._step)
         if not self.parallel.is_last_stage or self._collected is None:
             return
-        self._clock.lap("update")
+        self._clock.rest("update")
         metrics = self.forward_step.metrics
         for name, seconds in self._clock.laps.items():
             metrics.max(f"timing_s/{name}", seconds)
@@ -204,86 +208,80 @@ class OnlineLoop:
     # The stages.
 
     def _collect(self, call: ScheduleCall) -> list[HybridMicrobatch]:
-        """The micro-batches of this schedule call, with the teacher's payload."""
+        """The micro-batches of this schedule call, with the teacher's payload and their credit."""
         num_rows = int(call.kwargs["num_microbatches"]) * int(call.kwargs["micro_batch_size"])
-        learns_from = self._held_out_rows(call, num_rows) if call.forward_only else self._rows_of_step(call, num_rows)
+        collection, wait = None if call.forward_only else self._kept_collection(), None
+        if collection is None:
+            with self._clock.stage("rollout"):
+                collection = Scored(self._sample(call, num_rows))
+            wait = start_scoring(collection.rollouts, self.rubric, self.parallel)
+        rows = list(range(num_rows)) if call.forward_only else self._rows_of_step(num_rows)
         batches = microbatches(
-            learns_from.rollouts,
+            collection.rollouts.take(rows),
             micro_batch_size=int(call.kwargs["micro_batch_size"]),
             aggregation=self.config.aggregation,
-            credit_for=self._credit(call, learns_from),
             layout=self.layout,
         )
-        batches = self._annotate(batches)
-        self._clock.lap("teacher")
-        if learns_from.rewards is not None:
-            measure_rollouts(
-                self.forward_step.metrics,
-                learns_from.rollouts,
-                learns_from.rewards,
-                reward_weight=self.config.at(self._step).reward_weight,
-                tasks=self.tasks,
-                counts_tokens=self.parallel.cp.rank == 0,
-            )
+        with self._clock.stage("teacher"):
+            batches = self._annotate(batches)
+        if wait is not None:
+            with self._clock.stage("reward"):
+                collection = dataclasses.replace(collection, rewards=wait())
+        with self._clock.stage("credit"):
+            if not call.forward_only:
+                self._collection = collection = self.credit.collected(collection)
+            learns_from = collection.take(rows)
+            if learns_from.rewards is not None:
+                self._measure_rollouts(learns_from.rollouts, learns_from.rewards)
+            if learns_from.advantages is not None:
+                step, metrics = int(self.args.curr_iteration), self.forward_step.metrics
+                batches = credited(batches, self.credit.credit_for(learns_from, step=step, metrics=metrics))
         self._collected = learns_from, batches
         return batches
 
-    def _rows_of_step(self, call: ScheduleCall, num_rows: int) -> Scored:
-        """What the next step learns from; collected first where a collection begins."""
-        step, group_size = int(self.args.curr_iteration), self.config.group_size
-        num_rows *= self.updates.mini_batches
-        if self._collection is None or self.updates.is_first(step):
-            if not self.updates.is_first(step):
-                logger.warning("step %d is in the middle of a collection that is gone: it is sampled anew", step)
-            count, rest = divmod(num_rows * self.parallel.dp.size, group_size)
-            assert rest == 0, "prepare() refuses batches that cut a group"
-            start = self.updates.prompts_before(step, count // self.updates.mini_batches)
-            prompts = self.prompts.draw(start, count, self.parallel.dp.rank, self.parallel.dp.size)
-            self._collection = self._sample(call, prompts, group_size, step=step, seed=int(self.args.seed))
-            self._collection = self.credit.collected(self._collection)
-        rows = self.updates.rows(step, num_rows=num_rows, group_size=group_size, seed=int(self.args.seed))
-        self.forward_step.metrics.max("training/policy_age", step - self._collection.rollouts.policy_version)
-        return self._collection.take(rows)
-
-    def _held_out_rows(self, call: ScheduleCall, num_rows: int) -> Scored:
-        """One response to each held-out prompt, the same noise at every evaluation."""
-        count = num_rows * self.parallel.dp.size
-        prompts = self.eval_prompts.draw(self._evaluations * count, count, self.parallel.dp.rank, self.parallel.dp.size)
-        return self._sample(call, prompts, 1, step=0, seed=int(self.args.seed) + EVAL_SEED_OFFSET)
-
-    def _sample(self, call: ScheduleCall, prompts: list[Prompt], group_size: int, *, step: int, seed: int) -> Scored:
-        rollouts = self.sampler.sample(call.model, prompts, group_size, step=step, seed=seed)
-        self._clock.lap("rollout")
-        rewards = self._score(rollouts)
-        self._clock.lap("reward")
-        return Scored(rollouts, rewards)
-
-    def _score(self, rollouts: RolloutBatch) -> Tensor | None:
-        """Rewards [b]. Scored once per replica, on the last stage, which is the only one to need it."""
-        if not self.parallel.is_last_stage:
+    def _kept_collection(self) -> Scored | None:
+        """What earlier steps have collected and this one learns from; None: it collects anew."""
+        step = int(self.args.curr_iteration)
+        if self.updates.is_first(step):
             return None
-        axes = (self.parallel.cp, self.parallel.tp)
-        if all(axis.rank == 0 for axis in axes):
-            rewards = self.rubric.score(rollouts).rewards
-        else:
-            rewards = torch.empty(len(rollouts.prompts), device=rollouts.tokens.device)
-        for axis in axes:  # along the first axis among those that are first of the second, then along that
-            if axis.size > 1:
-                dist.broadcast(rewards, group=axis.group, group_src=0)
-        return rewards
+        if self._collection is None:
+            logger.warning("step %d is in the middle of a collection that is gone: it is sampled anew", step)
+        return self._collection
 
-    def _credit(self, call: ScheduleCall, scored: Scored) -> CreditFor:
-        if call.forward_only or scored.rewards is None:
-            return self._no_credit
-        return self.credit.credit_for(scored, step=int(self.args.curr_iteration), metrics=self.forward_step.metrics)
+    def _sample(self, call: ScheduleCall, num_rows: int) -> RolloutBatch:
+        """A new collection; or one response to each held-out prompt, with the same noise at every evaluation."""
+        dp, seed = self.parallel.dp, int(self.args.seed)
+        if call.forward_only:
+            count = num_rows * dp.size
+            prompts = self.eval_prompts.draw(self._evaluations * count, count, dp.rank, dp.size)
+            return self.sampler.sample(call.model, prompts, 1, step=0, seed=seed + EVAL_SEED_OFFSET)
+        step, group_size = int(self.args.curr_iteration), self.config.group_size
+        count, rest = divmod(num_rows * self.updates.mini_batches * dp.size, group_size)
+        assert rest == 0, "prepare() refuses batches that cut a group"
+        start = self.updates.prompts_before(step, count // self.updates.mini_batches)
+        prompts = self.prompts.draw(start, count, dp.rank, dp.size)
+        return self.sampler.sample(call.model, prompts, group_size, step=step, seed=seed)
 
-    def _no_credit(self, rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
-        """An evaluation, or a stage without a loss: imitation alone, so that the loss reads as the KL."""
+    def _rows_of_step(self, num_rows: int) -> list[int]:
+        """The part of its collection that the next step learns from."""
+        return self.updates.rows(
+            int(self.args.curr_iteration),
+            num_rows=num_rows * self.updates.mini_batches,
+            group_size=self.config.group_size,
+            seed=int(self.args.seed),
+        )
 
-        def weigh(stats: TokenStats) -> tuple[Tensor, Tensor]:
-            return torch.ones_like(stats.kl), torch.zeros_like(stats.kl)
-
-        return weigh
+    def _measure_rollouts(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
+        metrics, step = self.forward_step.metrics, int(self.args.curr_iteration)
+        metrics.max("training/policy_age", step - rollouts.policy_version)
+        measure_rollouts(
+            metrics,
+            rollouts,
+            rewards,
+            reward_weight=self.config.at(self._step).reward_weight,
+            tasks=self.tasks,
+            counts_tokens=self.parallel.cp.rank == 0,
+        )
 
     def _annotate(self, batches: list[HybridMicrobatch]) -> list[HybridMicrobatch]:
         if self.teacher is None:
@@ -306,12 +304,20 @@ def _copy_folder(checkpoints: str, iteration: int) -> Path:
 
 
 class _Clock:
-    """Seconds of each stage."""
+    """Seconds of each stage; in a profile each is a span of its name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with record_function(f"hybrid/{name}"):
+            yield
+        self._last = time.perf_counter()
+        self.laps[name] = self._last - started
+
+    def rest(self, name: str) -> None:
+        """What has passed since the last stage."""
+        self.laps[name] = time.perf_counter() - self._last

@@ -91,7 +91,7 @@ def finished(values: dict[str, float]) -> dict[str, float]:
             values[name] = math.sqrt(max(values[name], 0.0))
     stages = [
         values[f"timing_s/{name}"]
-        for name in ("rollout", "reward", "teacher", "update")
+        for name in ("rollout", "teacher", "reward", "credit", "update")
         if f"timing_s/{name}" in values
     ]
     finish_metrics(values)

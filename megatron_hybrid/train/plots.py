@@ -39,7 +39,7 @@ STYLE: Any = {
     "savefig.dpi": 200,
 }
 
-STAGES = (("rollout", BLUE), ("reward", PURPLE), ("teacher", ORANGE), ("update", GREEN))
+STAGES = (("rollout", BLUE), ("teacher", ORANGE), ("reward", PURPLE), ("credit", GREY), ("update", GREEN))
 
 
 def draw(run_dir: str | Path) -> list[Path]:

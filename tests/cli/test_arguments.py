@@ -42,6 +42,8 @@ OTHER: dict[str, Any] = {
     "truncated_reward": -0.5,
     "gradient_norms_interval": 4,
     "backend": "compile",
+    "lm_head": "logits",
+    "lm_head_chunk_size": 100,
     "divergence": "jsd",
     "divergence_mix": 0.25,
     "baseline_decay": 0.5,

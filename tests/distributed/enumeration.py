@@ -134,7 +134,7 @@ def product(overrides: dict[str, Any], method: Method, sampled: dict[str, list[l
     from megatron_hybrid.mcore.groups import parallel_context
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
     from megatron_hybrid.schedule.layout import SequenceLayout
-    from megatron_hybrid.schedule.microbatch import microbatches
+    from megatron_hybrid.schedule.microbatch import credited, microbatches
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.train.credit import Credit, Scored
     from tests.distributed.gradient import run_schedule, shards
@@ -162,9 +162,9 @@ def product(overrides: dict[str, Any], method: Method, sampled: dict[str, list[l
             scored.rollouts,
             micro_batch_size=min(MICRO_BATCH, size),
             aggregation=config.aggregation,
-            credit_for=Credit(config, parallel).credit_for(scored, step=0, metrics=step.metrics),
             layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
         )
+        batches = credited(batches, Credit(config, parallel).credit_for(scored, step=0, metrics=step.metrics))
         payloads = FrozenTeacher(teacher, parallel).annotate(batches)
         first = parallel.dp_cp.rank == 0
         weighed = []

@@ -29,7 +29,7 @@ def gradient(
     from megatron_hybrid.returns.baselines import reward_advantages
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
     from megatron_hybrid.schedule.layout import SequenceLayout
-    from megatron_hybrid.schedule.microbatch import microbatches
+    from megatron_hybrid.schedule.microbatch import credited, microbatches
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.train.credit import Credit, Scored
     from tests.tiny import build, megatron, set_weights, start
@@ -53,9 +53,9 @@ def gradient(
             scored.rollouts,
             micro_batch_size=args.micro_batch_size,
             aggregation=problem.aggregation,
-            credit_for=Credit(problem.config, parallel).credit_for(scored, step=0, metrics=step.metrics),
             layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=packed),
         )
+        batches = credited(batches, Credit(problem.config, parallel).credit_for(scored, step=0, metrics=step.metrics))
         payloads = FrozenTeacher(teacher_model, parallel).annotate(batches)
         batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
 

@@ -13,6 +13,7 @@ from megatron_hybrid.rewards.rubric import Rubric
 
 class Length:
     name = "length"
+    main_thread_only = False
 
     def score(self, prompt, response):
         return len(response)
@@ -20,6 +21,7 @@ class Length:
 
 class Constant:
     name = "constant"
+    main_thread_only = False
 
     def __init__(self, value):
         self.value = value
@@ -74,6 +76,7 @@ def test_a_score_that_is_not_finite_is_reported_with_its_reward_prompt_and_respo
 def test_an_exception_of_a_reward_is_not_swallowed():
     class Broken:
         name = "broken"
+        main_thread_only = False
 
         def score(self, prompt, response):
             raise KeyError("ours")

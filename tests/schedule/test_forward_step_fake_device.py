@@ -23,8 +23,8 @@ from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput,
 from megatron_hybrid.returns.weights import make_weigh
 from megatron_hybrid.schedule import forward_step
 from megatron_hybrid.schedule.forward_step import HybridForwardStep, _hybrid_loss
+from megatron_hybrid.schedule.microbatch import imitation_alone
 from megatron_hybrid.schedule.response_loss import Runtime
-from megatron_hybrid.train.loop import OnlineLoop
 
 GPU = torch.device("cuda:0")
 S, B, H, TEACHER_H, COLUMNS, VOCAB, N = 9, 4, 16, 24, 50, 45, 12
@@ -75,6 +75,7 @@ def micro_batch(
         student=student,
         teacher_input=student,
         sequence_of_token=index,
+        position_of_token=index,
         tasks=("task",) * B,
         targets=index,
         weigh=weigh,
@@ -163,6 +164,5 @@ def test_the_rehearsal_notices_a_tensor_on_the_wrong_device(place):
 
 
 def test_credit_of_evaluation_stays_on_the_device():
-    weigh = OnlineLoop._no_credit(None, slice(0, B), torch.zeros(N), torch.zeros(N))  # type: ignore[arg-type]
     stats = TokenStats(*(torch.zeros(N, device=GPU) for _ in range(4)))
-    assert all(weight.device == GPU for weight in weigh(stats))
+    assert all(weight.device == GPU for weight in imitation_alone(stats))

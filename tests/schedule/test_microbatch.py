@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats
-from megatron_hybrid.schedule.microbatch import microbatches
+from megatron_hybrid.schedule.microbatch import credited, microbatches
 
 BORDERS = (2, 1, 3, 2)
 LENGTHS = (2, 4, 0, 4)
@@ -44,7 +44,7 @@ def cut(batch: RolloutBatch, size: int, aggregation: str = "seq-mean-token-sum")
     def credit_for(rows: slice, sequence: Tensor, column: Tensor):
         return lambda stats: (rows.start + sequence.float(), column.float())
 
-    return microbatches(batch, micro_batch_size=size, aggregation=aggregation, credit_for=credit_for)
+    return credited(microbatches(batch, micro_batch_size=size, aggregation=aggregation), credit_for)
 
 
 def rows_of(batch: RolloutBatch, row: int) -> RolloutBatch:
@@ -90,12 +90,9 @@ def test_rows_are_ascending_in_the_flattened_order(size):
 
 
 def test_a_micro_batch_of_its_own_width_ends_with_its_longest_response():
-    def credit_for(rows: slice, sequence: Tensor, column: Tensor):
-        return lambda stats: (rows.start + sequence.float(), column.float())
-
     batch = rollouts()
     short, silent, long = (
-        microbatches(part, micro_batch_size=1, aggregation="token-mean", credit_for=credit_for)[0]
+        microbatches(part, micro_batch_size=1, aggregation="token-mean")[0]
         for part in (rows_of(batch, 0), rows_of(batch, 2), rows_of(batch, 3))
     )
     assert short.student.tokens.tolist() == [[0, 1, 2]]  # the response ends in column 3, which is only predicted
@@ -120,6 +117,12 @@ def test_credit_is_asked_with_rows_of_the_batch_and_columns_of_the_tokens():
         row, column = micro.weigh(TokenStats(*[torch.zeros(len(micro.targets))] * 4))
         assert set((row - 2 * number).tolist()) <= {0.0, 1.0}
         assert torch.equal(10 * row + column, micro.targets.float())
+
+
+def test_without_credit_there_is_imitation_alone():
+    (micro,) = microbatches(rollouts(), micro_batch_size=4, aggregation="token-mean")
+    imitation, advantage = micro.weigh(TokenStats(*[torch.full((len(micro.targets),), 3.0)] * 4))
+    assert imitation.unique().tolist() == [1.0] and advantage.unique().tolist() == [0.0]
 
 
 @pytest.mark.parametrize(

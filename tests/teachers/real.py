@@ -47,14 +47,10 @@ def micro_batches(batch: RolloutBatch, parallel: Any, args: Any) -> list[HybridM
     from megatron_hybrid.schedule.layout import SequenceLayout
     from megatron_hybrid.schedule.microbatch import microbatches
 
-    def credit_for(*_: Any) -> Any:
-        return lambda stats: (torch.ones_like(stats.kl), torch.zeros_like(stats.kl))
-
     return microbatches(
         batch,
         micro_batch_size=2,
         aggregation="token-mean",
-        credit_for=credit_for,
         layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
     )
 

@@ -19,6 +19,7 @@ def micro_batch(tasks: Sequence[str], sequence_of_token: Sequence[int], *, first
         student=reads,
         teacher_input=reads,
         sequence_of_token=torch.tensor(sequence_of_token, dtype=torch.int64),
+        position_of_token=rows,
         tasks=tuple(tasks),
         targets=rows + 100,
         weigh=lambda stats: (stats.kl, stats.kl),

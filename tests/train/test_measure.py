@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.schedule.microbatch import microbatches
@@ -46,13 +45,9 @@ def decode(ids: Any) -> str:
     return "+".join(map(str, ids))
 
 
-def no_credit(rows: slice, sequence: Tensor, column: Tensor) -> Any:
-    return lambda stats: (torch.ones_like(stats.kl), torch.zeros_like(stats.kl))
-
-
 def samples_of(batch: RolloutBatch, size: int, *, missing: int = 0, kl: bool = True) -> list[Sample]:
     """A step that has measured a KL of id / 1000 on the token of that id, but in the last `missing` micro-batches."""
-    batches = microbatches(batch, micro_batch_size=size, aggregation="token-mean", credit_for=no_credit)
+    batches = microbatches(batch, micro_batch_size=size, aggregation="token-mean")
     token_kl = [micro.targets / 1000 for micro in batches][: len(batches) - missing]
     rewards = torch.arange(len(batch.tokens)).float() / 10
     return sample_rows(batch, rewards, batches, token_kl if kl else None, decode)

@@ -66,7 +66,7 @@ def test_time_shares_add_up_to_the_step(tmp_path: Path):
     (ax,) = figure.axes
     bounds = [area.get_paths()[0].get_extents().ymax for area in ax.collections]
     assert bounds == pytest.approx([40.0, 50.0, 60.0, 80.0, 100.0])  # fp64 division
-    assert [area.get_label() for area in ax.collections] == ["rollout", "reward", "teacher", "update", "other"]
+    assert [area.get_label() for area in ax.collections] == ["rollout", "teacher", "reward", "update", "other"]
 
 
 def test_stages_that_fill_the_step_leave_no_other(tmp_path: Path):

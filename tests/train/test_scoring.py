@@ -1,0 +1,99 @@
+"""Rewards are made beside the main thread where they can be, reach every rank of the last stage, and raise there."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hybrid.parallel import GroupView, ParallelContext
+from megatron_hybrid.records import Prompt, RolloutBatch
+from megatron_hybrid.rewards.rubric import Rubric
+from megatron_hybrid.train.scoring import start_scoring
+
+
+def rollouts() -> RolloutBatch:
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    return RolloutBatch(
+        prompts=(Prompt(0, (1,), "", "task"),) * 2,
+        tokens=tokens,
+        response_mask=tokens > 0,
+        sampled_logprobs=tokens.float(),
+        group_id=tokens[:, 0],
+        truncated=(False,) * 2,
+        responses=("1.5", "2"),
+        temperature=1.0,
+        policy_version=0,
+        seed=0,
+    )
+
+
+@dataclass
+class Number:
+    """The response as a number, once `may_go_on` is set."""
+
+    may_go_on: threading.Event
+    main_thread_only: bool = False
+    name: str = "number"
+    thread: str = ""
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        self.thread = threading.current_thread().name
+        assert self.may_go_on.wait(timeout=60)
+        return float(response)
+
+
+def parallel(**axes: GroupView) -> ParallelContext:
+    names = ("tp", "pp", "dp", "cp", "dp_cp")
+    return ParallelContext(**{name: GroupView() for name in names} | axes)
+
+
+def test_scoring_goes_on_beside_the_caller():
+    reward = Number(threading.Event())
+    wait = start_scoring(rollouts(), Rubric({"number": (reward, 1.0)}), parallel())
+    reward.may_go_on.set()  # only now: had it been scored at once, nobody could have come here
+    assert wait().tolist() == [1.5, 2.0]
+    assert reward.thread == "rewards"
+
+
+def test_a_reward_bound_to_the_main_thread_stays_there():
+    reward = Number(threading.Event(), main_thread_only=True)
+    reward.may_go_on.set()
+    assert start_scoring(rollouts(), Rubric({"number": (reward, 1.0)}), parallel())().tolist() == [1.5, 2.0]
+    assert reward.thread == threading.main_thread().name
+
+
+def test_what_a_reward_raises_reaches_the_one_who_waits():
+    reward = Number(threading.Event())
+    reward.may_go_on.set()
+    batch = rollouts()
+    object.__setattr__(batch, "responses", ("1.5", "not a number"))
+    wait = start_scoring(batch, Rubric({"number": (reward, 1.0)}), parallel())
+    with pytest.raises(ValueError, match="not a number"):
+        wait()
+
+
+def test_stages_before_the_last_know_no_rewards():
+    assert (
+        start_scoring(
+            rollouts(), Rubric({"number": (Number(threading.Event()), 1.0)}), parallel(pp=GroupView(None, 0, 2))
+        )()
+        is None
+    )
+
+
+def scored_on_rank(axis: str) -> tuple[list[float], str]:
+    reward = Number(threading.Event())
+    reward.may_go_on.set()
+    here = parallel(**{axis: GroupView.of(torch.distributed.group.WORLD)})
+    rewards: Any = start_scoring(rollouts(), Rubric({"number": (reward, 1.0)}), here)()
+    return rewards.tolist(), reward.thread
+
+
+@pytest.mark.parametrize("axis", ["tp", "cp"])
+def test_one_rank_scores_and_all_have_the_rewards(rank_pool, axis: str):
+    first, second = rank_pool(2).run(scored_on_rank, axis)
+    assert first == ([1.5, 2.0], "rewards") and second == ([1.5, 2.0], "")
