@@ -10,11 +10,13 @@ Collectives over tp: the op's, per chunk; in backward (one pass: forward) the al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.mcore.head_parts import HeadParts
@@ -125,12 +127,14 @@ class ResponseLoss:
         return self.batch.teacher
 
     def _weigh(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
-        return self._scaled(*self.batch.weigh(stats), ALL_ROWS)
+        return self._scaled(lambda stats, rows: self.batch.weigh(stats), stats, ALL_ROWS)
 
     def _from(self, reverse: ReverseWeigh) -> ReverseWeigh:
-        return lambda stats, rows: self._scaled(*reverse(stats, rows), rows)
+        return lambda stats, rows: self._scaled(reverse, stats, rows)
 
-    def _scaled(self, imitation: Any, advantage: Any, rows: Any) -> tuple[Tensor, Tensor]:
+    def _scaled(self, weigh: Callable[..., Any], stats: TokenStats, rows: Any) -> tuple[Tensor, Tensor]:
+        with record_function("hybrid/credit"):
+            imitation, advantage = weigh(stats, rows)
         self.weights.append((imitation, advantage))
         scale = self.batch.token_scale[rows]
         return imitation * scale, advantage * scale

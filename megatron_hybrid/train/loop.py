@@ -157,16 +157,23 @@ class OnlineLoop:
         metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
         values = finished(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
-            self.report.step(self._step, values)
-            if self._step % self.samples_interval == 0 or self._step == 1:
-                scored, batches = self._collected
-                assert scored.rewards is not None and self.forward_step.token_kl is not None
-                # Context-parallel ranks each know the KL of some tokens of a response only.
-                shows_kl = self.teacher is not None and self.parallel.cp.size == 1
-                token_kl = self.forward_step.token_kl if shows_kl else None
-                rows = sample_rows(scored.rollouts, scored.rewards, batches, token_kl, self.sampler.decode)
-                self.report.samples(self._step, rows)
+            with record_function("hybrid/report"):
+                self._report(self.report, values, *self._collected)
         self._release()
+
+    def _report(
+        self, report: RunReport, values: dict[str, float], scored: Scored, batches: list[HybridMicrobatch]
+    ) -> None:
+        """What the logging rank says of a step."""
+        report.step(self._step, values)
+        if self._step % self.samples_interval and self._step != 1:
+            return
+        assert scored.rewards is not None and self.forward_step.token_kl is not None
+        # Context-parallel ranks each know the KL of some tokens of a response only.
+        shows_kl = self.teacher is not None and self.parallel.cp.size == 1
+        token_kl = self.forward_step.token_kl if shows_kl else None
+        rows = sample_rows(scored.rollouts, scored.rewards, batches, token_kl, self.sampler.decode)
+        report.samples(self._step, rows)
 
     def before_save(self, iteration: int) -> None:
         """What a run has to remember besides what Megatron does."""
