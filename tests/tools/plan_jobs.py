@@ -1,0 +1,193 @@
+"""One whole optimizer step of a tiny real model on this rank, weighed and counted: what a plan has to predict."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+VOCAB = 61
+STUDENT = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 88, "num_attention_heads": 4, "kv_channels": 8}
+TEACHER = {"num_layers": 8, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4, "kv_channels": 12}
+GROUPED = {"group_query_attention": True, "num_query_groups": 2}
+"""Heads of keys and values, of student and teacher."""
+RESPONSES, PROMPT, RESPONSE = 8, 4, 9
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "send")
+Calls = dict[tuple[str, str], tuple[int, int]]
+"""(module that called, collective) to (calls, bytes handed in)."""
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Calls]:
+    """Every call of torch.distributed inside the block, by the module that makes it."""
+    count: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    calls: Calls = {}
+    with contextlib.ExitStack() as patches:
+        for name in COLLECTIVES:
+            original = getattr(torch.distributed, name)
+
+            def call(*args: Any, _name: str = name, _original: Any = original, **options: Any) -> Any:
+                key = (sys._getframe(1).f_globals["__name__"], _name)
+                given = args[1] if _name.startswith("all_gather") else args[0]
+                count[key] += 1
+                size[key] += given.numel() * given.element_size()
+                return _original(*args, **options)
+
+            patches.enter_context(mock.patch.object(torch.distributed, name, call))
+        yield calls
+    calls.update({key: (count[key], size[key]) for key in count})
+
+
+def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: bool = False) -> dict[str, Any]:
+    """Bytes and calls of the online step's own parts, one after another as `train/loop.py` has them."""
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.training.training import get_megatron_optimizer_config
+
+    from megatron_hybrid.config import HybridConfig
+    from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.mcore.model import StaticInferenceContext
+    from megatron_hybrid.records import Prompt
+    from megatron_hybrid.rollouts import generate
+    from megatron_hybrid.schedule.forward_step import HybridForwardStep
+    from megatron_hybrid.schedule.layout import SequenceLayout
+    from megatron_hybrid.schedule.microbatch import microbatches
+    from megatron_hybrid.teachers.frozen import FrozenTeacher
+    from megatron_hybrid.teachers.topk import TopKTeacher
+    from megatron_hybrid.train.credit import Credit, Scored
+    from megatron_hybrid.train.loop import OnlineLoop
+    from tests.distributed.gradient import run_schedule
+    from tests.tiny import build, megatron, start
+
+    flags = STUDENT | GROUPED | {"global_batch_size": RESPONSES, "no_check_for_nan_in_loss_and_grad": True}
+    with megatron(**flags | overrides) as args:
+        model = start(args, ddp=True)
+        config = get_megatron_optimizer_config(args)
+        optimizer = get_megatron_optimizer(config[0] if isinstance(config, tuple) else config, model)
+        asked = copy.copy(args)
+        vars(asked).update(TEACHER)
+        parallel = parallel_context()
+        teacher_model = build(asked)
+        for chunk in teacher_model:
+            chunk.to(args.params_dtype).eval().requires_grad_(False)
+        teacher: Any = FrozenTeacher(teacher_model, parallel)
+        if payload == "topk":
+            teacher = TopKTeacher(teacher, 5, VOCAB, 1.0, parallel.tp)
+
+        caches: list[Any] = []
+
+        def cache(*sizes: int) -> Any:
+            caches.append(StaticInferenceContext(*sizes))
+            return caches[-1]
+
+        rows = RESPONSES // parallel.dp.size
+        prompts = [Prompt(i, (5, 7, 9, 11), "", "task") for i in range(rows // 2)]
+        sampler = generate.Sampler(
+            parallel, torch.device("cpu"), VOCAB, frozenset({VOCAB + 1}), str, max_response_length=RESPONSE, batch_size=3
+        )
+        settings = HybridConfig(group_size=2, cost_baseline="none")
+        forward = HybridForwardStep(settings)
+        forward.gradient_norms = gradient_norms
+        rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=torch.zeros(rows)))
+        with counted() as calls, mock.patch.object(generate, "StaticInferenceContext", cache):
+            rollouts = sampler.sample(model, prompts, 2, step=0, seed=1)
+            rewards = OnlineLoop._score(SimpleNamespace(parallel=parallel, rubric=rubric), rollouts)  # type: ignore[arg-type]
+            scored = Scored(rollouts, torch.zeros(rows), torch.zeros(rows))
+            batches = microbatches(
+                rollouts,
+                micro_batch_size=args.micro_batch_size,
+                aggregation=settings.aggregation,
+                credit_for=Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics),
+                layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
+            )
+            payloads = teacher.annotate(batches)
+            run_schedule(
+                model, forward, [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)], parallel
+            )
+            if parallel.is_last_stage:
+                assert rewards is not None
+                forward.metrics.reduce(parallel.dp_cp.group)
+        optimizer.step()
+        return {
+            "is_first": parallel.pp.rank == 0,
+            "is_last": parallel.is_last_stage,
+            "columns": args.padded_vocab_size // parallel.tp.size,
+            "width": batches[0].student.tokens.shape[1] * parallel.cp.size,
+            "tokens": [len(batch.targets) for batch in batches],
+            "parameters": _parameters(model),
+            "teacher": _parameters(teacher_model),
+            "weights": sum(_size(p) for chunk in model for p in chunk.parameters()),
+            "gradients": sum(b.grad_data.nbytes for c in model for b in c.buffers + c.expert_parallel_buffers),
+            "optimizer": _optimizer_bytes(optimizer, model),
+            "kv_cache": max(_tensor_bytes(context.key_value_memory_dict) for context in caches),
+            "payload": [_tensor_bytes(vars(payload)) for payload in payloads if payload is not None],
+            "calls": {key: value for key, value in calls.items() if key[0].startswith("megatron_hybrid.")},
+        }
+
+
+def fused_head(hidden_size: int, columns: int, tokens: int, chunk: int, one_pass: bool) -> Calls:
+    """Calls of one forward and backward of the fused head on the pool's group."""
+    from megatron_hybrid.ops.lm_head import linear_hybrid_loss
+
+    hidden, weight = (torch.randn(n, hidden_size).requires_grad_() for n in (tokens, columns))
+    teacher = torch.randn(tokens, 5), torch.randn(columns, 5)
+    target = torch.zeros(tokens, dtype=torch.long)
+    options = {"group": torch.distributed.group.WORLD, "chunk_size": chunk, "one_pass": one_pass}
+    with counted() as calls:
+        linear_hybrid_loss(hidden, weight, teacher, target, advantage=1.0, **options).loss.sum().backward()
+    return calls
+
+
+def op_peak(columns: int, tokens: int, dtype: torch.dtype, ignored: int, block: int) -> int:
+    """Peak of one forward and backward of the op in place on the pool's group, beside the logits.
+
+    ignored  rows after `tokens` that do not count
+    """
+    from megatron_hybrid.ops import eager
+    from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
+    from tests.memory import peak_bytes
+
+    student = torch.randn(tokens + ignored, columns).to(dtype).requires_grad_() * 1
+    teacher = torch.randn(tokens + ignored, columns).to(dtype)
+    target = torch.zeros(tokens + ignored, dtype=torch.long)
+    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+
+    def run() -> None:
+        out = vocab_parallel_hybrid_loss(student, teacher, target, advantage=1.0, inplace=True, group=group)
+        torch.autograd.grad(out.loss.sum(), student)
+
+    with mock.patch.dict(eager._BLOCK_ELEMENTS, {"cpu": block}):
+        return peak_bytes(run)
+
+
+def _parameters(model: list[Any]) -> int:
+    return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensor_bytes(values: dict[Any, Any]) -> int:
+    tensors = [t for value in values.values() for t in (value if isinstance(value, tuple) else (value,))]
+    return sum(_size(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def _optimizer_bytes(optimizer: Any, model: list[Any]) -> int:
+    """Moments, and weights that are not the model's own memory; numbers of one element (steps) left out."""
+    own = {p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        tensors = [t for state in inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        tensors += [p for group in inner.param_groups for p in group["params"]]
+        total += sum(_size(t) for t in tensors if t.numel() > 1 and t.untyped_storage().data_ptr() not in own)
+    return total
