@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from plan_model import Plan, Shape
 
 from megatron_hybrid.ops import eager
-from megatron_hybrid.ops.lm_head_chunks import MOST_TOKENS
 
 FP32 = 4
 TOPK_SLOT = 8 + 4
 """`records.TopKPayload`: an int64 id and an fp32 log-probability."""
 STAT_BYTES = FP32 * eager.NUM_STATS
 """What a rank tells the others of a token (`ops/function.py`)."""
-BUFFERS = 4
-"""fp32 buffers of one block of rows in the stats pass of `ops/eager.py`; the gradient pass has three."""
-NUMBERS = 40
-"""fp32 numbers of a token that the op holds at once beside its block: statistics, merge, weights, outputs. Measured 28
-to 38."""
-PER_RANK_NUMBERS = 16
-"""The same for each rank of the group: the gathered 8, and what rescales them. Measured 12 to 15."""
+STATS_BUFFERS, GRADIENT_BUFFERS = 4, 3
+"""fp32 buffers of one block of rows in the two passes of `ops/eager.py`."""
+ROW_NUMBERS = 20
+"""fp32 numbers of each row of a block beside them, measured."""
+MERGE_NUMBERS, MERGE_NUMBERS_PER_RANK = 19, 15
+"""fp32 numbers of a token while the ranks' statistics are merged, blocks gone: 8 gathered from each rank and what
+rescales them; measured."""
+HEAD_NUMBERS = 14
+"""fp32 numbers of a token that the fused head keeps of all its chunks, measured."""
 ACCELERATOR_BLOCK = 1 << 24
 """Elements of a block on an accelerator (`ops/eager.py`)."""
 
@@ -116,25 +117,34 @@ def logits(plan: Plan, tokens: int) -> int:
 def op(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
     """What `vocab_parallel_hybrid_loss(inplace=True)` holds at its peak beside both logits, backend torch.
 
+    The stats pass with its [n, 8], or the merge of [tp, n, 8] behind it, whichever is more.
+
     block  elements of a block of rows (`ops/eager.py`)
     """
-    n, tp = plan.tokens, plan.layout.tp
-    rows = min(n, max(1, block // plan.columns))
-    per_token = NUMBERS + (PER_RANK_NUMBERS * tp if tp > 1 else 0)
-    return FP32 * (BUFFERS * rows * plan.columns + n * per_token)
+    n, rows = plan.tokens, _rows_of_block(plan, plan.tokens, block)
+    stats = rows * (STATS_BUFFERS * plan.columns + ROW_NUMBERS) + n * eager.NUM_STATS
+    return FP32 * max(stats, n * (MERGE_NUMBERS + MERGE_NUMBERS_PER_RANK * plan.layout.tp))
 
 
 def fused_head(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
     """What `linear_hybrid_loss` holds at its peak beside its inputs, backend torch (`ops/lm_head_function.py`).
 
-    Logits of one chunk, the op's buffers on it, dh; in one pass dW in fp32, in two passes it is summed in `main_grad`.
+    Logits of one chunk, the op's buffers on it, dh. In one pass dW in fp32 besides, and dh through the stats pass, or
+    dh with its fp32 copies while it is scaled; in two passes dW is summed in Megatron's `main_grad`.
     """
-    chunk = min(plan.step.chunk, MOST_TOKENS, plan.tokens)
-    hidden = plan.student.hidden
-    rows = min(chunk, max(1, block // plan.columns))
-    dh = plan.tokens * hidden * plan.step.dtype_bytes
-    weight_sum = FP32 * plan.columns * hidden if plan.step.one_pass else 0
-    return logits(plan, chunk) + FP32 * (BUFFERS * rows * plan.columns + NUMBERS * plan.tokens) + dh + weight_sum
+    step, chunk = plan.step, min(plan.step.chunk, plan.tokens)
+    width = _rows_of_block(plan, chunk, block) * plan.columns
+    numbers = plan.tokens * plan.student.hidden
+    dh, kept = numbers * step.dtype_bytes, logits(plan, chunk) + FP32 * HEAD_NUMBERS * plan.tokens
+    stats, gradient = (FP32 * buffers * width for buffers in (STATS_BUFFERS, GRADIENT_BUFFERS))
+    if not step.one_pass:
+        return kept + max(stats, gradient + dh)
+    copies = FP32 * numbers * (2 if step.dtype_bytes == 2 else 1)
+    return FP32 * plan.columns * plan.student.hidden + dh + max(kept + stats, copies)
+
+
+def _rows_of_block(plan: Plan, tokens: int, block: int) -> int:
+    return min(tokens, max(1, block // plan.columns))
 
 
 def items(plan: Plan, activations: tuple[int, int]) -> list[Item]:
@@ -162,7 +172,7 @@ def items(plan: Plan, activations: tuple[int, int]) -> list[Item]:
         lines.append(_on_last(plan, "head: logits of a micro-batch", logits(plan, plan.tokens), note))
         lines.append(_on_last(plan, "op: blocks and numbers", op(plan), "backend torch"))
     else:
-        lines.append(_on_last(plan, "fused head", fused_head(plan), f"chunks of {min(step.chunk, MOST_TOKENS)} tokens"))
+        lines.append(_on_last(plan, "fused head", fused_head(plan), f"chunks of {min(step.chunk, plan.tokens)} tokens"))
     return lines
 
 

@@ -19,6 +19,8 @@ STUDENT = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 88, "num_atten
 TEACHER = {"num_layers": 8, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4, "kv_channels": 12}
 GROUPED = {"group_query_attention": True, "num_query_groups": 2}
 """Heads of keys and values, of student and teacher."""
+STAGES_EVEN = {"account_for_embedding_in_pipeline_split": False, "account_for_loss_in_pipeline_split": False}
+"""The job's own stages are not the teacher's."""
 RESPONSES, PROMPT, RESPONSE = 8, 4, 9
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "send")
 Calls = dict[tuple[str, str], tuple[int, int]]
@@ -73,7 +75,7 @@ def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: boo
         config = get_megatron_optimizer_config(args)
         optimizer = get_megatron_optimizer(config[0] if isinstance(config, tuple) else config, model)
         asked = copy.copy(args)
-        vars(asked).update(TEACHER)
+        vars(asked).update(TEACHER | STAGES_EVEN)
         parallel = parallel_context()
         teacher_model = build(asked)
         for chunk in teacher_model:
@@ -146,23 +148,39 @@ def fused_head(hidden_size: int, columns: int, tokens: int, chunk: int, one_pass
     return calls
 
 
-def op_peak(columns: int, tokens: int, dtype: torch.dtype, ignored: int, block: int) -> int:
-    """Peak of one forward and backward of the op in place on the pool's group, beside the logits.
-
-    ignored  rows after `tokens` that do not count
-    """
+def op_peak(columns: int, tokens: int, dtype: torch.dtype, block: int) -> int:
+    """Peak of one forward and backward of the op in place on the pool's group, beside both logits."""
     from megatron_hybrid.ops import eager
     from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
     from tests.memory import peak_bytes
 
-    student = torch.randn(tokens + ignored, columns).to(dtype).requires_grad_() * 1
-    teacher = torch.randn(tokens + ignored, columns).to(dtype)
-    target = torch.zeros(tokens + ignored, dtype=torch.long)
-    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    student = torch.randn(tokens, columns).to(dtype).requires_grad_() * 1
+    teacher, target = torch.randn(tokens, columns).to(dtype), torch.zeros(tokens, dtype=torch.long)
+    options: Any = {"group": torch.distributed.group.WORLD, "inplace": True, "ignore_index": None}
 
     def run() -> None:
-        out = vocab_parallel_hybrid_loss(student, teacher, target, advantage=1.0, inplace=True, group=group)
+        out = vocab_parallel_hybrid_loss(student, teacher, target, advantage=1.0, **options)
         torch.autograd.grad(out.loss.sum(), student)
+
+    with mock.patch.dict(eager._BLOCK_ELEMENTS, {"cpu": block}):
+        return peak_bytes(run)
+
+
+def fused_peak(hidden_size: int, columns: int, tokens: int, chunk: int, one_pass: bool, block: int) -> int:
+    """Peak of one forward and backward of the fused head in fp32, with Megatron's place for dW, beside its inputs."""
+    from megatron_hybrid.ops import eager
+    from megatron_hybrid.ops.lm_head import linear_hybrid_loss
+    from tests.memory import peak_bytes
+
+    hidden, weight = (torch.randn(n, hidden_size).requires_grad_() for n in (tokens, columns))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(columns, hidden_size), False  # type: ignore[attr-defined]
+    teacher = torch.randn(tokens, 5), torch.randn(columns, 5)
+    options: Any = {"chunk_size": chunk, "one_pass": one_pass, "ignore_index": None}
+    target = torch.zeros(tokens, dtype=torch.long)
+
+    def run() -> None:
+        loss = linear_hybrid_loss(hidden, weight, teacher, target, advantage=1.0, **options).loss
+        torch.autograd.grad(loss.sum(), hidden)
 
     with mock.patch.dict(eager._BLOCK_ELEMENTS, {"cpu": block}):
         return peak_bytes(run)
