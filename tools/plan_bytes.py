@@ -24,10 +24,10 @@ STATS_BUFFERS, GRADIENT_BUFFERS = 4, 3
 """fp32 buffers of one block of rows in the two passes of `ops/eager.py`."""
 ROW_NUMBERS = 20
 """fp32 numbers of each row of a block beside them, measured."""
-MERGE_NUMBERS, MERGE_NUMBERS_PER_RANK = 19, 15
-"""fp32 numbers of a token while the ranks' statistics are merged, blocks gone: 8 gathered from each rank and what
-rescales them; measured."""
-HEAD_NUMBERS = 14
+MERGE_BYTES, MERGE_BYTES_PER_RANK = 72, 57
+"""Of a token while the ranks' statistics are merged, blocks gone: 32 gathered from each rank and what rescales them;
+measured."""
+HEAD_NUMBERS = 16
 """fp32 numbers of a token that the fused head keeps of all its chunks, measured."""
 ACCELERATOR_BLOCK = 1 << 24
 """Elements of a block on an accelerator (`ops/eager.py`)."""
@@ -89,7 +89,8 @@ def payload(plan: Plan, *, microbatches: int) -> int:
     """
     if plan.teacher is None:
         return 0
-    per_token = plan.teacher.hidden * plan.step.dtype_bytes if plan.step.payload == "hidden" else TOPK_SLOT * plan.step.topk
+    step = plan.step
+    per_token = TOPK_SLOT * step.topk if step.payload == "topk" else plan.teacher.hidden * step.dtype_bytes
     return microbatches * plan.tokens * per_token
 
 
@@ -123,24 +124,28 @@ def op(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
     """
     n, rows = plan.tokens, _rows_of_block(plan, plan.tokens, block)
     stats = rows * (STATS_BUFFERS * plan.columns + ROW_NUMBERS) + n * eager.NUM_STATS
-    return FP32 * max(stats, n * (MERGE_NUMBERS + MERGE_NUMBERS_PER_RANK * plan.layout.tp))
+    gathered = MERGE_BYTES_PER_RANK * plan.layout.tp - (STAT_BYTES if plan.layout.tp == 1 else 0)
+    return max(FP32 * stats, n * (MERGE_BYTES + gathered))
 
 
 def fused_head(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
     """What `linear_hybrid_loss` holds at its peak beside its inputs, backend torch (`ops/lm_head_function.py`).
 
-    Logits of one chunk, the op's buffers on it, dh. In one pass dW in fp32 besides, and dh through the stats pass, or
-    dh with its fp32 copies while it is scaled; in two passes dW is summed in Megatron's `main_grad`.
+    Logits of one chunk, the op's buffers on it, dh; in the end an empty tensor in the place of dW, as Megatron's own
+    layers leave one. In one pass dW in fp32 besides, and copies of dh while it is scaled; in two passes dW is summed in
+    Megatron's `main_grad`.
     """
     step, chunk = plan.step, min(plan.step.chunk, plan.tokens)
     width = _rows_of_block(plan, chunk, block) * plan.columns
-    numbers = plan.tokens * plan.student.hidden
-    dh, kept = numbers * step.dtype_bytes, logits(plan, chunk) + FP32 * HEAD_NUMBERS * plan.tokens
+    numbers, weight = plan.tokens * plan.student.hidden, plan.columns * plan.student.hidden
+    dh, placeholder = numbers * step.dtype_bytes, weight * step.dtype_bytes
+    of_tokens = FP32 * HEAD_NUMBERS * plan.tokens
+    chunks = logits(plan, chunk) + of_tokens
     stats, gradient = (FP32 * buffers * width for buffers in (STATS_BUFFERS, GRADIENT_BUFFERS))
     if not step.one_pass:
-        return kept + max(stats, gradient + dh)
+        return max(chunks + stats, chunks + gradient + dh, of_tokens + dh + placeholder)
     copies = FP32 * numbers * (2 if step.dtype_bytes == 2 else 1)
-    return FP32 * plan.columns * plan.student.hidden + dh + max(kept + stats, copies)
+    return FP32 * weight + dh + max(chunks + stats, copies, of_tokens + dh + placeholder)
 
 
 def _rows_of_block(plan: Plan, tokens: int, block: int) -> int:
@@ -151,8 +156,9 @@ def items(plan: Plan, activations: tuple[int, int]) -> list[Item]:
     """All lines of the plan; activations on the first and last rank come from Megatron's estimator."""
     student, step = plan.student, plan.step
     first, last = (parameters(plan, student, last=end) for end in (False, True))
+    note = f"{last / 1e9:.2f} G parameters on the last"
     lines = [
-        Item("student: weights", first * step.dtype_bytes, last * step.dtype_bytes, "always", f"{last / 1e9:.2f} G here"),
+        Item("student: weights", first * step.dtype_bytes, last * step.dtype_bytes, "always", note),
         Item("student: gradients", *(gradients(plan, last=end) for end in (False, True)), "always", "fp32"),
         Item("student: optimizer", *(optimizer(plan, last=end) for end in (False, True)), "always", _shared(plan)),
     ]

@@ -24,7 +24,8 @@ def weights_and_optimizer(plan: Plan) -> int:
 def activations(plan: Plan) -> tuple[int, int]:
     """Bytes of the student's activations on the first and on the last rank of a pipeline.
 
-    The last holds fewer micro-batches: of 1F1B one; interleaved, (vpp - 1) pp + 1 chunks of the first's vpp pp + pp - 1.
+    The last holds fewer micro-batches: under 1F1B one; interleaved, (vpp - 1) pp + 1 chunks where the first holds
+    vpp pp + pp - 1.
     """
     layout = plan.layout
     selective = layout.sequence_parallel

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a checkout needs no installation
+sys.path.insert(0, str(Path(__file__).parent))
 from plan_model import PRESETS, Layout, Plan, Shape, Step
 
 from megatron_hybrid.errors import ConfigError, HybridError  # no torch
@@ -35,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{who}-load", type=Path, metavar="DIR", help="its arguments from a torch_dist checkpoint")
         for name in NUMBERS:
             group.add_argument(f"--{front}{name.replace('_', '-')}", type=int, metavar="N")
-        group.add_argument(f"--{front}tied", action="store_true", default=None, help="one weight for embedding and head")
+        group.add_argument(
+            f"--{front}tied", action="store_true", default=None, help="embedding and head are one weight"
+        )
     layout = main.add_argument_group("layout")
     layout.add_argument("--ranks", type=int, default=1, help="world size")
     for axis in ("tp", "pp", "vpp", "cp"):
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--rollout-batch", type=int, default=64, help="sequences decoded together on a replica")
     step.add_argument("--payload", choices=("hidden", "topk"), default="hidden", help="what the teacher leaves")
     step.add_argument("--topk", type=int, default=64)
-    step.add_argument("--head", choices=("logits", "fused"), default="logits", help="the trainer's, or linear_hybrid_loss")
+    step.add_argument("--head", choices=("logits", "fused"), default="logits", help="the trainer's, or the fused one")
     step.add_argument("--chunk", type=int, default=4096, help="tokens of a chunk of the fused head")
     step.add_argument("--two-pass", action="store_true", help="the fused head makes its logits again in backward")
     step.add_argument("--fp32", action="store_true", help="weights and activations in fp32, not bf16")

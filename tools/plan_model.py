@@ -135,9 +135,9 @@ class Layout:
             whole = (shape.layers + 2) // self.pp
             return whole - 1, whole - 1
         raise ConfigError(
-            f"{shape.name} has {shape.layers} layers, which {self.stages} stages (PP {self.pp} x VPP {self.vpp}) cannot "
-            f"share evenly, nor {shape.layers + 2} with embedding and loss counted as a layer each. Choose stages that "
-            f"divide {shape.layers} or {shape.layers + 2}."
+            f"{shape.name} has {shape.layers} layers, which {self.stages} stages (PP {self.pp} x VPP {self.vpp}) "
+            f"cannot share evenly, nor {shape.layers + 2} with embedding and loss counted as a layer each. Choose "
+            f"stages that divide {shape.layers} or {shape.layers + 2}."
         )
 
     def ends_count_as_layers(self, shape: Shape) -> bool:
@@ -269,7 +269,7 @@ def _check_heads(shape: Shape, layout: Layout) -> None:
     tp = layout.tp
     if shape.heads % tp or shape.ffn % tp or (shape.groups % tp and tp % shape.groups):
         raise ConfigError(
-            f"{shape.name} has {shape.heads} heads, {shape.groups} of keys and values, and an MLP of {shape.ffn}: TP {tp} "
-            "cannot cut them into equal parts. Choose a TP that divides all three (fewer heads of keys and values than "
-            "TP are repeated where they divide it)."
+            f"{shape.name} has {shape.heads} heads, {shape.groups} of keys and values, and an MLP of {shape.ffn}: TP "
+            f"{tp} cannot cut them into equal parts. Choose a TP that divides all three (fewer heads of keys and "
+            "values than TP are repeated where they divide it)."
         )

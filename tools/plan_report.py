@@ -35,8 +35,8 @@ def settings(plan: Plan) -> None:
     for shape in plan.shapes:
         if layout.ends_count_as_layers(shape):
             console.print(
-                f"{shape.name}: {shape.layers} layers on {layout.stages} stages with embedding and loss counted as a layer "
-                "each (--account-for-embedding-in-pipeline-split, --account-for-loss-in-pipeline-split)"
+                f"{shape.name}: {shape.layers} layers on {layout.stages} stages, embedding and loss counted as a layer "
+                "each (--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split)"
             )
 
 
@@ -49,7 +49,8 @@ def memory(plan: Plan) -> None:
     for phase in ("sampling", "learning"):
         at_once = [line for line in lines if line.when in ("always", phase)]
         first, last = sum(line.first for line in at_once), sum(line.last for line in at_once)
-        shown.add_row(f"while {phase}", human(first), human(last), "", "", style="bold", end_section=phase == "learning")
+        shown.add_row(f"while {phase}", human(first), human(last), style="bold")
+    shown.add_section()
     theirs = human(plan_megatron.weights_and_optimizer(plan))
     note = "bf16; the optimizer over dp alone"
     shown.add_row("student's weights to optimizer, Megatron's estimate", theirs, "", "", note)

@@ -124,7 +124,7 @@ def ours(plan: Plan) -> list[Message]:
 
 
 def megatrons(plan: Plan) -> list[Message]:
-    """What Megatron sends in the same step on the last stage, approximately; without it no model of this size trains."""
+    """What Megatron sends in the same step on the last stage, approximately."""
     layout, step, student = plan.layout, plan.step, plan.student
     size = step.dtype_bytes
     positions = plan.num_microbatches * step.micro_batch * plan.width // layout.cp

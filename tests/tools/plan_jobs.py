@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +17,17 @@ from unittest import mock
 import torch
 
 VOCAB = 61
-STUDENT = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 88, "num_attention_heads": 4, "kv_channels": 8}
-TEACHER = {"num_layers": 8, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4, "kv_channels": 12}
+STUDENT = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 88, "num_attention_heads": 8, "kv_channels": 4}
+TEACHER = {"num_layers": 8, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 8, "kv_channels": 6}
 GROUPED = {"group_query_attention": True, "num_query_groups": 2}
 """Heads of keys and values, of student and teacher."""
 STAGES_EVEN = {"account_for_embedding_in_pipeline_split": False, "account_for_loss_in_pipeline_split": False}
 """The job's own stages are not the teacher's."""
-RESPONSES, PROMPT, RESPONSE = 8, 4, 9
+RESPONSES, PROMPT, RESPONSE, DECODED = 8, 4, 9, 3
+"""Responses of a step, tokens of each prompt and response, sequences decoded together."""
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "send")
+OURS = re.compile(r"megatron_hybrid\.(?!runtime\.)")
+"""Modules whose calls are ours; `runtime` stands in for what Megatron's layers do on a GPU."""
 Calls = dict[tuple[str, str], tuple[int, int]]
 """(module that called, collective) to (calls, bytes handed in)."""
 
@@ -49,7 +54,19 @@ def counted() -> Iterator[Calls]:
     calls.update({key: (count[key], size[key]) for key in count})
 
 
-def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: bool = False) -> dict[str, Any]:
+def pretended_step(rank: int, world_size: int, overrides: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """`step` as one rank of a large job has it, the others made up: what they would send is whatever memory held."""
+    fake = {"fake_process_group": True, "disable_gloo_process_groups": True}
+    with mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world_size)):
+        return step(overrides | fake, **options)
+
+
+def step(
+    overrides: dict[str, Any],
+    payload: str = "hidden",
+    gradient_norms: bool = False,
+    teacher_flags: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Bytes and calls of the online step's own parts, one after another as `train/loop.py` has them."""
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
@@ -72,10 +89,10 @@ def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: boo
     flags = STUDENT | GROUPED | {"global_batch_size": RESPONSES, "no_check_for_nan_in_loss_and_grad": True}
     with megatron(**flags | overrides) as args:
         model = start(args, ddp=True)
-        config = get_megatron_optimizer_config(args)
-        optimizer = get_megatron_optimizer(config[0] if isinstance(config, tuple) else config, model)
+        config, _ = get_megatron_optimizer_config(args)
+        optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=args.use_gloo_process_groups)
         asked = copy.copy(args)
-        vars(asked).update(TEACHER | STAGES_EVEN)
+        vars(asked).update(TEACHER | STAGES_EVEN | (teacher_flags or {}))
         parallel = parallel_context()
         teacher_model = build(asked)
         for chunk in teacher_model:
@@ -92,15 +109,18 @@ def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: boo
 
         rows = RESPONSES // parallel.dp.size
         prompts = [Prompt(i, (5, 7, 9, 11), "", "task") for i in range(rows // 2)]
-        sampler = generate.Sampler(
-            parallel, torch.device("cpu"), VOCAB, frozenset({VOCAB + 1}), str, max_response_length=RESPONSE, batch_size=3
-        )
+        device, never = torch.device("cpu"), frozenset({VOCAB + 1})
+        lengths = {"max_response_length": RESPONSE, "batch_size": DECODED}
+        sampler = generate.Sampler(parallel, device, VOCAB, never, str, **lengths)
         settings = HybridConfig(group_size=2, cost_baseline="none")
         forward = HybridForwardStep(settings)
         forward.gradient_norms = gradient_norms
         rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=torch.zeros(rows)))
         with counted() as calls, mock.patch.object(generate, "StaticInferenceContext", cache):
             rollouts = sampler.sample(model, prompts, 2, step=0, seed=1)
+            if args.fake_process_group:  # tokens that somebody else has drawn are none
+                tokens, unknown = rollouts.tokens.remainder(VOCAB), torch.zeros_like(rollouts.sampled_logprobs)
+                rollouts = dataclasses.replace(rollouts, tokens=tokens, sampled_logprobs=unknown)
             rewards = OnlineLoop._score(SimpleNamespace(parallel=parallel, rubric=rubric), rollouts)  # type: ignore[arg-type]
             scored = Scored(rollouts, torch.zeros(rows), torch.zeros(rows))
             batches = microbatches(
@@ -111,9 +131,8 @@ def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: boo
                 layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
             )
             payloads = teacher.annotate(batches)
-            run_schedule(
-                model, forward, [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)], parallel
-            )
+            batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
+            run_schedule(model, forward, batches, parallel)
             if parallel.is_last_stage:
                 assert rewards is not None
                 forward.metrics.reduce(parallel.dp_cp.group)
@@ -131,7 +150,7 @@ def step(overrides: dict[str, Any], payload: str = "hidden", gradient_norms: boo
             "optimizer": _optimizer_bytes(optimizer, model),
             "kv_cache": max(_tensor_bytes(context.key_value_memory_dict) for context in caches),
             "payload": [_tensor_bytes(vars(payload)) for payload in payloads if payload is not None],
-            "calls": {key: value for key, value in calls.items() if key[0].startswith("megatron_hybrid.")},
+            "calls": {key: value for key, value in calls.items() if OURS.match(key[0])},
         }
 
 
