@@ -50,6 +50,7 @@ _STAGES_BY_HAND = {
     "account_for_embedding_in_pipeline_split": False,
     "account_for_loss_in_pipeline_split": False,
 }
+_ENDS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespace:
@@ -87,7 +88,8 @@ def _check_positions(merged: Namespace) -> None:
 
 
 def _cut_into_stages(merged: Namespace, student_layers: int) -> None:
-    """The teacher's layers on the job's stages: cut as the student where they are as many, else evenly."""
+    """The teacher's layers on the job's stages: cut as the student where they are as many, else evenly, if need be with
+    embedding and loss counted as a layer each (the 126 of a Llama 405B on 8 stages)."""
     pattern = merged.hybrid_layer_pattern
     if merged.num_layers == student_layers and pattern is None:
         return
@@ -95,10 +97,15 @@ def _cut_into_stages(merged: Namespace, student_layers: int) -> None:
         setattr(merged, name, off)
     stages = merged.pipeline_model_parallel_size * (merged.virtual_pipeline_model_parallel_size or 1)
     per_stage, rest = divmod(merged.num_layers, stages)
+    if rest and pattern is None and (merged.num_layers + len(_ENDS)) % stages == 0 and per_stage > 0:
+        for name in _ENDS:
+            setattr(merged, name, True)
+        return
     if rest:
         raise ConfigError(
             f"the teacher has {merged.num_layers} layers, which {stages} pipeline stages (PP x VPP) cannot share "
-            "evenly. Choose stages that divide the layers of student and teacher."
+            "evenly, nor with embedding and loss counted as a layer each. Choose stages that divide the layers of "
+            "student and teacher."
         )
     if pattern is not None:  # its "|" are stages of the job that saved it; behind "/" are layers of MTP heads
         layers = pattern.partition("/")[0].replace("|", "")

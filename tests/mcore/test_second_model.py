@@ -105,7 +105,7 @@ def test_how_a_teacher_chooses_its_experts_is_the_checkpoints():
     assert (merged.moe_router_load_balancing_type, merged.moe_expert_capacity_factor) == ("sinkhorn", 1.5)
 
 
-@pytest.mark.parametrize(("pp", "vpp", "stages"), [(4, None, 4), (2, 2, 4)])
+@pytest.mark.parametrize(("pp", "vpp", "stages"), [(5, None, 5), (2, 5, 10), (8, None, 8)])
 def test_a_teacher_whose_layers_do_not_divide_into_the_stages_is_refused(pp, vpp, stages):
     args = job(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp)
     with pytest.raises(ConfigError, match=f"the teacher has 6 layers, which {stages} pipeline stages .*Choose stages"):
@@ -115,6 +115,15 @@ def test_a_teacher_whose_layers_do_not_divide_into_the_stages_is_refused(pp, vpp
 def test_a_teacher_whose_layers_do_is_not():
     args = job(pipeline_model_parallel_size=3, virtual_pipeline_model_parallel_size=2)
     assert frozen_args(args, TEACHER).num_layers == 6
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(4, None), (2, 2)])
+def test_embedding_and_loss_count_as_layers_where_only_that_divides(pp, vpp):
+    args = job(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp)
+    merged = frozen_args(args, TEACHER)
+    assert merged.account_for_embedding_in_pipeline_split and merged.account_for_loss_in_pipeline_split
+    with pytest.raises(ConfigError, match="6 layers"):  # a pattern's stages are written into it
+        frozen_args(args, TEACHER | {"hybrid_layer_pattern": "*-*-*-"})
 
 
 def test_stages_cut_by_hand_are_the_students_and_serve_a_teacher_of_its_depth_only():

@@ -22,6 +22,7 @@ OTHER_SHAPE = {
 }
 SHAPES = {
     "deeper and wider, tied, padded to 128": OTHER_SHAPE | {"make_vocab_size_divisible_by": 128},
+    "layers that four stages share with embedding and loss among them": OTHER_SHAPE | {"num_layers": 6},
     "untied, other norm and activation": {
         "untie_embeddings_and_output_weights": True,
         "normalization": "LayerNorm",
