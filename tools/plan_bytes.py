@@ -11,7 +11,8 @@ kernels, communication buffers of NCCL (about 1 GB a rank in practice), the CUDA
 
 from dataclasses import dataclass
 
-from plan_model import Plan, Shape
+from plan_model import Plan
+from plan_shapes import Shape
 
 from megatron_hybrid.ops import eager
 

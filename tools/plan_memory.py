@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a checkout needs no installation
 sys.path.insert(0, str(Path(__file__).parent))
-from plan_model import PRESETS, Layout, Plan, Shape, Step
+from plan_model import Layout, Plan, Step
+from plan_shapes import PRESETS, Shape
 
 from megatron_hybrid.errors import ConfigError, HybridError  # no torch
 

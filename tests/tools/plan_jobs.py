@@ -23,8 +23,9 @@ GROUPED = {"group_query_attention": True, "num_query_groups": 2}
 """Heads of keys and values, of student and teacher."""
 STAGES_EVEN = {"account_for_embedding_in_pipeline_split": False, "account_for_loss_in_pipeline_split": False}
 """The job's own stages are not the teacher's."""
-RESPONSES, PROMPT, RESPONSE, DECODED = 8, 4, 9, 3
-"""Responses of a step, tokens of each prompt and response, sequences decoded together."""
+RESPONSES, PROMPT, RESPONSE, DECODED, TOPK = 8, 4, 9, 3, 5
+"""Responses of a step, tokens of each prompt and response, sequences decoded together, tokens of the
+teacher kept."""
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "send")
 OURS = re.compile(r"megatron_hybrid\.(?!runtime\.)")
 """Modules whose calls are ours; `runtime` stands in for what Megatron's layers do on a GPU."""
@@ -71,19 +72,9 @@ def step(
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_hybrid.config import HybridConfig
     from megatron_hybrid.mcore.groups import parallel_context
-    from megatron_hybrid.mcore.model import StaticInferenceContext
-    from megatron_hybrid.records import Prompt
-    from megatron_hybrid.rollouts import generate
-    from megatron_hybrid.schedule.forward_step import HybridForwardStep
-    from megatron_hybrid.schedule.layout import SequenceLayout
-    from megatron_hybrid.schedule.microbatch import microbatches
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.teachers.topk import TopKTeacher
-    from megatron_hybrid.train.credit import Credit, Scored
-    from megatron_hybrid.train.loop import OnlineLoop
-    from tests.distributed.gradient import run_schedule
     from tests.tiny import build, megatron, start
 
     flags = STUDENT | GROUPED | {"global_batch_size": RESPONSES, "no_check_for_nan_in_loss_and_grad": True}
@@ -93,52 +84,18 @@ def step(
         optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=args.use_gloo_process_groups)
         asked = copy.copy(args)
         vars(asked).update(TEACHER | STAGES_EVEN | (teacher_flags or {}))
-        parallel = parallel_context()
         teacher_model = build(asked)
         for chunk in teacher_model:
             chunk.to(args.params_dtype).eval().requires_grad_(False)
+        parallel = parallel_context()
         teacher: Any = FrozenTeacher(teacher_model, parallel)
         if payload == "topk":
-            teacher = TopKTeacher(teacher, 5, VOCAB, 1.0, parallel.tp)
-
-        caches: list[Any] = []
-
-        def cache(*sizes: int) -> Any:
-            caches.append(StaticInferenceContext(*sizes))
-            return caches[-1]
-
-        rows = RESPONSES // parallel.dp.size
-        prompts = [Prompt(i, (5, 7, 9, 11), "", "task") for i in range(rows // 2)]
-        device, never = torch.device("cpu"), frozenset({VOCAB + 1})
-        lengths = {"max_response_length": RESPONSE, "batch_size": DECODED}
-        sampler = generate.Sampler(parallel, device, VOCAB, never, str, **lengths)
-        settings = HybridConfig(group_size=2, cost_baseline="none")
-        forward = HybridForwardStep(settings)
-        forward.gradient_norms = gradient_norms
-        rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=torch.zeros(rows)))
-        with counted() as calls, mock.patch.object(generate, "StaticInferenceContext", cache):
-            rollouts = sampler.sample(model, prompts, 2, step=0, seed=1)
-            if args.fake_process_group:  # tokens that somebody else has drawn are none
-                tokens, unknown = rollouts.tokens.remainder(VOCAB), torch.zeros_like(rollouts.sampled_logprobs)
-                rollouts = dataclasses.replace(rollouts, tokens=tokens, sampled_logprobs=unknown)
-            rewards = OnlineLoop._score(SimpleNamespace(parallel=parallel, rubric=rubric), rollouts)  # type: ignore[arg-type]
-            scored = Scored(rollouts, torch.zeros(rows), torch.zeros(rows))
-            batches = microbatches(
-                rollouts,
-                micro_batch_size=args.micro_batch_size,
-                aggregation=settings.aggregation,
-                credit_for=Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics),
-                layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
-            )
-            payloads = teacher.annotate(batches)
-            batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
-            run_schedule(model, forward, batches, parallel)
-            if parallel.is_last_stage:
-                assert rewards is not None
-                forward.metrics.reduce(parallel.dp_cp.group)
+            teacher = TopKTeacher(teacher, TOPK, VOCAB, 1.0, parallel.tp)
+        with counted() as calls:
+            rollouts, cache = _sampled(model, args, parallel)
+            batches = _learnt_from(model, args, parallel, rollouts, teacher, gradient_norms)
         optimizer.step()
         return {
-            "is_first": parallel.pp.rank == 0,
             "is_last": parallel.is_last_stage,
             "columns": args.padded_vocab_size // parallel.tp.size,
             "width": batches[0].student.tokens.shape[1] * parallel.cp.size,
@@ -148,10 +105,68 @@ def step(
             "weights": sum(_size(p) for chunk in model for p in chunk.parameters()),
             "gradients": sum(b.grad_data.nbytes for c in model for b in c.buffers + c.expert_parallel_buffers),
             "optimizer": _optimizer_bytes(optimizer, model),
-            "kv_cache": max(_tensor_bytes(context.key_value_memory_dict) for context in caches),
-            "payload": [_tensor_bytes(vars(payload)) for payload in payloads if payload is not None],
+            "kv_cache": cache,
+            "payload": [_tensor_bytes(vars(batch.teacher)) for batch in batches if batch.teacher is not None],
             "calls": {key: value for key, value in calls.items() if OURS.match(key[0])},
         }
+
+
+def _sampled(model: list[Any], args: Any, parallel: Any) -> tuple[Any, int]:
+    """Responses that all run to the limit, and the bytes of the largest KV cache that they took."""
+    from megatron_hybrid.mcore.model import StaticInferenceContext
+    from megatron_hybrid.records import Prompt
+    from megatron_hybrid.rollouts import generate
+
+    caches: list[Any] = []
+
+    def cache(*sizes: int) -> Any:
+        caches.append(StaticInferenceContext(*sizes))
+        return caches[-1]
+
+    prompts = [Prompt(i, tuple(range(1, PROMPT + 1)), "", "task") for i in range(RESPONSES // parallel.dp.size // 2)]
+    device, never = torch.device("cpu"), frozenset({VOCAB + 1})
+    lengths = {"max_response_length": RESPONSE, "batch_size": DECODED}
+    with mock.patch.object(generate, "StaticInferenceContext", cache):
+        sampler = generate.Sampler(parallel, device, VOCAB, never, str, **lengths)
+        rollouts = sampler.sample(model, prompts, 2, step=0, seed=1)
+    if args.fake_process_group:  # tokens that somebody else has drawn are none
+        tokens, unknown = rollouts.tokens.remainder(VOCAB), torch.zeros_like(rollouts.sampled_logprobs)
+        rollouts = dataclasses.replace(rollouts, tokens=tokens, sampled_logprobs=unknown)
+    return rollouts, max(_tensor_bytes(context.key_value_memory_dict) for context in caches)
+
+
+def _learnt_from(
+    model: list[Any], args: Any, parallel: Any, rollouts: Any, teacher: Any, gradient_norms: bool
+) -> list[Any]:
+    """Rewards, teacher, schedule and metrics of a step; returns its micro-batches with what the teacher left."""
+    from megatron_hybrid.config import HybridConfig
+    from megatron_hybrid.schedule.forward_step import HybridForwardStep
+    from megatron_hybrid.schedule.layout import SequenceLayout
+    from megatron_hybrid.schedule.microbatch import microbatches
+    from megatron_hybrid.train.credit import Credit, Scored
+    from megatron_hybrid.train.loop import OnlineLoop
+    from tests.distributed.gradient import run_schedule
+
+    settings = HybridConfig(group_size=2, cost_baseline="none")
+    forward = HybridForwardStep(settings)
+    forward.gradient_norms = gradient_norms
+    zeros = torch.zeros(len(rollouts.prompts))
+    rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=zeros))
+    OnlineLoop._score(SimpleNamespace(parallel=parallel, rubric=rubric), rollouts)  # type: ignore[arg-type]
+    scored = Scored(rollouts, zeros, zeros)
+    batches = microbatches(
+        rollouts,
+        micro_batch_size=args.micro_batch_size,
+        aggregation=settings.aggregation,
+        credit_for=Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics),
+        layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
+    )
+    payloads = teacher.annotate(batches)
+    batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
+    run_schedule(model, forward, batches, parallel)
+    if parallel.is_last_stage:
+        forward.metrics.reduce(parallel.dp_cp.group)
+    return batches
 
 
 def fused_head(hidden_size: int, columns: int, tokens: int, chunk: int, one_pass: bool) -> Calls:

@@ -20,11 +20,13 @@ sys.path.append(str(TOOL.parent))
 import plan_bytes  # noqa: E402
 import plan_memory  # noqa: E402
 import plan_traffic  # noqa: E402
-from plan_model import Layout, Plan, Shape, Step  # noqa: E402
+from plan_model import Layout, Plan, Step  # noqa: E402
+from plan_shapes import Shape  # noqa: E402
 
 from megatron_hybrid.errors import ConfigError  # noqa: E402
+from tests.teachers.real import save_teacher  # noqa: E402
 from tests.tools import plan_jobs  # noqa: E402
-from tests.tools.plan_jobs import DECODED, PROMPT, RESPONSE, RESPONSES, VOCAB  # noqa: E402
+from tests.tools.plan_jobs import DECODED, PROMPT, RESPONSE, RESPONSES, TOPK, VOCAB  # noqa: E402
 
 BF16 = {"bf16": True, "use_distributed_optimizer": True}
 TP, PP, CP = (f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))
@@ -77,7 +79,7 @@ def plan_for(flags: dict[str, Any], options: dict[str, Any]) -> Plan:
             micro_batch=2,
             rollout_batch=DECODED,
             payload=options.get("payload", "hidden"),
-            topk=5,
+            topk=TOPK,
             dtype_bytes=2 if flags.get("bf16") else 4,
             distributed_optimizer=flags.get("use_distributed_optimizer", False),
             vocab_multiple=1,
@@ -254,3 +256,14 @@ def test_what_does_not_fit_is_one_sentence(monkeypatch, capsys, options: str, wo
 def test_a_model_that_a_plan_does_not_know_is_refused(key: str, value: Any):
     with pytest.raises(ConfigError, match=f"{key}={value}.*dense"):
         Shape.of_args("checkpoint", {key: value})
+
+
+@pytest.mark.procs
+def test_a_checkpoint_is_planned_with_the_shape_it_was_saved_with(rank_pool, tmp_path: Path):
+    saved = tmp_path / "saved"
+    flags = plan_jobs.TEACHER | plan_jobs.GROUPED | UNTIED
+    rank_pool(1, init=False).run(save_teacher, str(saved), flags, "teacher")
+    args = plan_memory.parser().parse_args(["--student-load", str(saved), "--teacher", "llama-8b", "--vocab", "128256"])
+    plan = plan_memory.plan_of(args)
+    expected = plan_for(UNTIED, {}).teacher
+    assert expected is not None and plan.student == dataclasses.replace(expected, name="saved", vocab=128256)
