@@ -85,7 +85,7 @@ def run(kind: str, overrides: dict[str, Any]) -> list[str]:
     # Megatron's own cross-entropy gives probability to padded columns, ours does not: a vocabulary without padding.
     flags = {"dataloader_type": "external", "vocab_size": 64} | overrides
     if kind == "demonstrations":
-        flags["hybrid"] = True
+        flags |= {"hybrid": True, "hybrid_lm_head_chunk_size": 20}  # several chunks in a micro-batch of 64 tokens
     with contextlib.redirect_stdout(out), megatron(quiet=False, **flags) as args:
         from megatron.core.enums import ModelType
         from megatron.training import pretrain

@@ -115,7 +115,7 @@ def _length(ax: Axes, curves: Curves) -> bool:
 
 
 def _timing(ax: Axes, curves: Curves) -> bool:
-    """Shares of the four stages; what the whole step took beyond them is `other`."""
+    """Shares of the stages; what the whole step took beyond them is `other`."""
     _label(ax, "Where the time goes", "share of a step, %")
     found = [(stage, colour) for stage, colour in STAGES if f"timing_s/{stage}" in curves.train]
     if not found:
