@@ -1,121 +1,150 @@
-"""Forward and backward of the op on this machine beside autograd, torch.compile of autograd and other libraries.
+"""Our ops on this machine beside autograd, torch.compile of it, other libraries, and what the hardware allows.
 
-python tools/bench_ops.py                            # 256 x 32768, fp32 and bf16; about two minutes on two cores
-python tools/bench_ops.py --rows 512 --vocab 151936 --dtype bf16 --repeats 7 --out runs/bench
+make bench                                           # everything, with the other libraries installed; minutes
+python tools/bench_ops.py --parts logits limits      # some of it
+python tools/bench_ops.py --peers "$(tools/bench_peers.sh)" --out runs/bench
 
-One table: median time of repeats that take turns, the same as a multiple of our fastest in this run, largest memory
-beside the inputs in multiples of the student's logits (the gradient is 1 of them), error of the gradient against
-float64. Then collectives with --tp, growth with tokens and vocabulary, this machine's bandwidth, and what the bytes of
-the op would take on an H100: computed, not measured. Timings are only as good as the machine is quiet: its load is
-printed. Other libraries are used where they can be imported (PYTHONPATH reaches a folder of `pip install --target`).
+logits    forward and backward from logits on one rank: time, memory, error of the gradient against float64
+parallel  the same with the vocabulary split over ranks (--tp), and what they send
+heads     the fused LM head beside its four matrix products alone
+returns   cost-to-go beside a loop and a matrix
+growth    exponents of our time, with tokens and with vocabulary
+limits    this machine's bandwidth; what the op's bytes would take on an H100: computed, not measured
+
+With --out also bench_ops.md, .json and .png. Contenders take turns and medians count, but timings are only as good as
+the machine is quiet: its load is printed. A library that is missing is a row that says so.
 """
 
 import argparse
 import json
 import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench_contenders import Problem, Row, Run
-    from torch import Tensor
+    from bench_measure import Progress, Record
+
+PARTS = ("logits", "parallel", "heads", "returns", "growth", "limits")
 
 
-def peak_memory(run: "Run", problem: "Problem") -> float:
-    """Largest memory that torch's allocator held beside what it held before, in multiples of the student's logits."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run(problem)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    held = largest = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        largest = max(largest, held)
-    return largest / (problem.student.numel() * problem.student.element_size())
-
-
-def gradient_error(row: "Row", gradient: "Tensor", problem: "Problem") -> float:
-    """Largest over the rows of |gradient - float64 gradient| / |float64 gradient|."""
-    from megatron_hybrid.ops.reference import reference_hybrid_loss
-
-    worst = 0.0
-    for start in range(0, len(problem.target), 64):  # float64 in pieces: the judge holds many copies
-        part = slice(start, start + 64)
-        expected = reference_hybrid_loss(
-            problem.student.detach()[part],
-            problem.teacher[part],
-            problem.target[part],
-            advantage=problem.advantage[part] if row.whole_job else 0.0,
-        ).gradient
-        error = (gradient[part].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-        worst = max(worst, error.max().item())
-    return worst
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 131072, 151936], help="columns of the logits")
+    parser.add_argument("--elements", type=int, default=1 << 23, help="tokens x vocabulary of every batch of logits")
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--tp", type=int, nargs="+", default=[2, 4], help="tensor-parallel sizes beside 1")
+    head = parser.add_argument("--head", type=int, nargs=4, metavar=("TOKENS", "HIDDEN", "VOCAB", "CHUNK"))
+    head.default = [512, 1024, 32768, 256]
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="positions of the returns")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as it finds them")
+    parser.add_argument("--peers", type=Path, help="folder of other libraries, as bench_peers.sh prints it")
+    parser.add_argument("--out", type=Path, help="folder for bench_ops.md, bench_ops.json and bench_ops.png")
+    return parser.parse_args()
 
 
-def measure(rows: "list[Row]", problem: "Problem", repeats: int, say: Callable[[str], None]) -> None:
-    """Fills in the rows: one run each for warmth, error and memory, then `repeats` rounds in which they take turns."""
-    for row in rows:
-        if row.run is None:
-            continue
-        say(f"{row.name}: compiling, error, memory")
-        try:
-            row.error = gradient_error(row, row.run(problem), problem)
-            row.memory = peak_memory(row.run, problem)
-        except Exception as error:
-            row.run, row.note = None, f"failed: {type(error).__name__}: {error}".splitlines()[0]
-    for repeat in range(repeats):
-        say(f"timing, round {repeat + 1} of {repeats}")
-        for row in rows:
-            if row.run is not None:
-                started = time.perf_counter()
-                row.run(problem)
-                row.times_s.append(time.perf_counter() - started)
+def run(options: argparse.Namespace, say: "Progress", shapes: list[tuple[int, int]]) -> "list[Record]":
+    """The chosen parts, one after the other."""
+    import bench_heads
+    import bench_logits
+    import bench_parallel
+    import bench_returns
+
+    records: list[Record] = []
+    if "logits" in options.parts:
+        say("starting", 5.0)
+        bench_parallel.single_rank()
+        for dtype in options.dtype:
+            for tokens, vocab in shapes:
+                records += bench_logits.table(tokens, vocab, dtype, options.repeats, say)
+    if "parallel" in options.parts:
+        halves = [(max(1, tokens // 2), vocab) for tokens, vocab in shapes]  # every rank judges in float64
+        records += bench_parallel.tables(options.tp, halves, options.dtype, options.repeats, options.peers, say)
+    if "heads" in options.parts:
+        for dtype in options.dtype:
+            records += bench_heads.table(tuple(options.head), dtype, options.repeats, say)
+    if "returns" in options.parts:
+        records += bench_returns.table(8, options.lengths, options.repeats, say)
+    if "growth" in options.parts:
+        records += bench_logits.growth(*shapes[0], options.repeats, say)
+    return records
+
+
+def cost(options: argparse.Namespace) -> float:
+    """Of all steps, in the measure of what they say: about a second each."""
+    tables = len(options.dtype) * len(options.vocab)
+    costs = {
+        "logits": 5.0 + tables * (11 + options.repeats),
+        "parallel": 15.0 + 4.0 * sum(options.tp) * tables,
+        "heads": len(options.dtype) * 3 * (16 + options.repeats),
+        "returns": len(options.lengths) * (3 + options.repeats) / 4,
+        "growth": 8.0,
+        "limits": 0.0,
+    }
+    return sum(costs[part] for part in options.parts)
 
 
 def main() -> int:
-    """Measures, prints the tables, and draws them with --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256, help="tokens")
-    parser.add_argument("--vocab", type=int, default=32768, help="columns of the logits")
-    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of timing")
-    parser.add_argument("--tp", type=int, default=0, help="count collectives on this many ranks; 0: leave it out")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as it finds them")
-    parser.add_argument("--no-growth", action="store_true", help="leave out growth with tokens and vocabulary")
-    parser.add_argument("--out", type=Path, help="folder for bench_ops.png and bench_ops.json")
-    options = parser.parse_args()
+    """Measures, prints the tables, and writes them with --out."""
+    options = arguments()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a checkout needs no installation
-    import bench_report as report
+    # Other libraries' advice, and the profiler's about a missing GPU; the ranks take the variables from here.
+    os.environ |= {"KINETO_LOG_LEVEL": "6", "PYTHONWARNINGS": "ignore", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    warnings.simplefilter("ignore")
+    import bench_limits
+    import bench_peers
+    import bench_report
     import torch
-    from bench_contenders import Problem, contenders
+    from bench_measure import Progress
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    say = report.progress()
-    tables: dict[str, list[Row]] = {}
-    for dtype in options.dtype:
-        problem, rows = Problem.draw(options.rows, options.vocab, dtype), contenders()
-        measure(rows, problem, options.repeats, lambda text, dtype=dtype: say(f"{dtype}: {text}"))
-        tables[dtype] = rows
-        report.table(rows, f"{options.rows} x {options.vocab}, {dtype}, forward and backward")
-    report.limits(options.rows, options.vocab, options.dtype)
-    if not options.no_growth:
-        report.growth(options.rows, options.vocab, options.repeats, say)
-    if options.tp:
-        report.collectives(options.tp, options.rows, options.vocab)
+    if options.peers is not None:
+        bench_peers.use(options.peers)
+    shapes = [(max(4, options.elements // vocab), vocab) for vocab in options.vocab]
+    bandwidth = bench_limits.bandwidth() if "limits" in options.parts else None
+    say = Progress(cost(options))
+    records = run(options, say, shapes)
+    say("done")
+
+    of = {part: [record for record in records if record.part == part] for part in PARTS}
+    tables = []
+    if of["logits"] or of["parallel"]:
+        triad = bandwidth["triad"] if bandwidth else None
+        tables.append(bench_report.logits(of["logits"] + of["parallel"], triad))
+    makers = {"heads": bench_report.heads, "returns": bench_report.returns, "growth": bench_report.growth}
+    tables += [make(of[part]) for part, make in makers.items() if of[part]]
+    if bandwidth:
+        tables.append(bench_report.limits(bandwidth, shapes, options.dtype))
+    for table in tables:
+        table.show()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores; load of the machine now {load:.1f}")
+    machine = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores; load of the machine now {load:.1f}"
+    print(machine)
     if options.out is not None:
-        report.save(tables, options.out)
+        save(options.out, records, bandwidth, machine, [table.markdown() for table in tables])
     return 0
+
+
+def save(
+    folder: Path, records: "list[Record]", bandwidth: dict[str, float] | None, machine: str, tables: list[str]
+) -> None:
+    """The same as text, numbers and a picture."""
+    import bench_plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(record) | {"time_s": record.time_s, "wrong": record.wrong} for record in records]
+    content = {"machine": machine, "bandwidth_bytes_per_s": bandwidth, "records": rows}
+    (folder / "bench_ops.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "bench_ops.md").write_text("\n".join([*tables, machine, ""]))
+    if records:
+        bench_plot.save(records, folder / "bench_ops.png")
+    print(folder / "bench_ops.md")
 
 
 if __name__ == "__main__":

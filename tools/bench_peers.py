@@ -1,17 +1,34 @@
-"""Other libraries' full-vocabulary reverse KL behind one call, for `bench_ops.py`. None of them is required.
+"""Other libraries' losses behind one call, for the benchmark. None of them is required: see `bench_peers.sh`.
 
-A peer that cannot be imported, or has no such loss, is a row with the reason. All compute KL(student || teacher) alone:
-no policy term, no entropy, no log-probability, so theirs is the smaller job. The full vocabulary on one rank.
+A peer that is not installed, or cannot be imported, is a row with the reason. From PyPI they do other jobs than ours:
+the KL alone, or no teacher at all; the row says which, and it is judged against the reference of that job.
 """
 
+import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import torch
+from bench_measure import KL, POLICY, Job
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(student logits [n, v], teacher logits [n, v]) to the KL summed over tokens and vocabulary."""
+Forward = Callable[[Any], Tensor]
+"""`bench_contenders.Logits` to the loss, summed over the tokens."""
+
+_folder: Path | None = None
+
+
+def use(folder: Path) -> None:
+    """Peers are looked for in the folders below this one, after everything that the environment has."""
+    global _folder
+    _folder = folder
+    sys.path += [str(path) for path in sorted(folder.iterdir()) if path.is_dir() and str(path) not in sys.path]
 
 
 @dataclass(frozen=True)
@@ -21,42 +38,93 @@ class Peer:
     package: str
     """As it is installed from PyPI."""
     name: str
-    load: Callable[[], Loss]
+    job: Job
+    load: Callable[[int], Forward]
+    """Of the tensor-parallel size."""
+    splits_vocabulary: bool = False
+
+    def why_not(self, error: Exception) -> str:
+        """One line for the row of a peer that could not be loaded."""
+        failed = _folder / f"{self.package}.failed" if _folder else None
+        if failed is not None and failed.exists():
+            return f"{self.package} does not install: {failed.read_text().strip()}"
+        return f"{self.package} not imported: {type(error).__name__}: {error}".splitlines()[0]
 
 
-def _trl() -> Loss:
+def _file(module: str) -> Any:
+    """A module without what the packages above it import in their `__init__`: ray, datasets, whole trainers."""
+    if module in sys.modules:
+        return sys.modules[module]
+    *parents, _ = module.split(".")
+    spec = importlib.util.find_spec(parents[0])
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {parents[0]!r}")
+    root = Path(spec.submodule_search_locations[0]).parent
+    for depth in range(1, len(parents) + 1):
+        package = types.ModuleType(".".join(parents[:depth]))
+        package.__path__ = [str(root.joinpath(*parents[:depth]))]
+        sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(module)
+
+
+def _trl(_: int) -> Forward:
     from trl.experimental.gkd import GKDTrainer
 
-    return lambda z, w: GKDTrainer.generalized_jsd_loss(z, w, beta=1.0, reduction="sum")
+    return lambda p: GKDTrainer.generalized_jsd_loss(p.student, p.teacher, beta=1.0, reduction="sum")
 
 
-def _liger() -> Loss:
+def _liger(_: int) -> Forward:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
-    return lambda z, w: LigerFusedLinearJSDFunction.distillation_loss_fn(z, w, beta=1.0)
+    return lambda p: LigerFusedLinearJSDFunction.distillation_loss_fn(p.student, p.teacher, beta=1.0)
 
 
-def _modelopt() -> Loss:
+def _modelopt(tp: int) -> Forward:
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    loss = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1), reverse=True)
-    return lambda z, w: loss(z.unsqueeze(1), w.unsqueeze(1))[0].sum()
+    loss = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=tp), reverse=True)
+    return lambda p: loss(p.student.unsqueeze(1), p.teacher.unsqueeze(1))[0].sum()
 
 
-def _swift() -> Loss:
-    from swift.megatron.trainers.vocab_parallel_utils import vocab_parallel_kl_div, vocab_parallel_log_softmax
+def _swift(_: int) -> Forward:
+    ops = _file("swift.megatron.trainers.vocab_parallel_utils")
 
-    return lambda z, w: vocab_parallel_kl_div(vocab_parallel_log_softmax(w), vocab_parallel_log_softmax(z)).sum()
+    def forward(problem: Any) -> Tensor:
+        log_p, log_q = (ops.vocab_parallel_log_softmax(x) for x in (problem.student, problem.teacher))
+        return ops.vocab_parallel_kl_div(log_q, log_p).sum()
+
+    return forward
 
 
-def _verl() -> Loss:
-    raise ImportError("has a top-k forward KL only, not this job")
+def _verl(_: int) -> Forward:
+    ops = _file("verl.utils.megatron.tensor_parallel")
+
+    def forward(problem: Any) -> Tensor:
+        logits = problem.student.clone()  # as verl's engine does: the log-probability overwrites what it reads
+        with torch.no_grad():
+            ops.vocab_parallel_entropy(problem.student)
+        return -(problem.advantage * ops.vocab_parallel_log_probs_from_logits(logits, problem.target)).sum()
+
+    return forward
 
 
 PEERS = (
-    Peer("trl", "trl generalized_jsd_loss, beta 1", _trl),
-    Peer("liger-kernel", "liger chunked JSD's loss, beta 1", _liger),
-    Peer("nvidia-modelopt", "modelopt LogitsKLLoss, reverse", _modelopt),
-    Peer("ms-swift", "ms-swift vocab_parallel_kl_div", _swift),
-    Peer("verl", "verl vocab-parallel KL", _verl),
+    Peer("trl", "trl generalized_jsd_loss, beta 1", KL, _trl),
+    Peer("liger-kernel", "liger chunked JSD's loss, beta 1", KL, _liger),
+    Peer("nvidia-modelopt", "modelopt LogitsKLLoss, reverse", KL, _modelopt, splits_vocabulary=True),
+    Peer("ms-swift", "ms-swift vocab_parallel_kl_div", KL, _swift, splits_vocabulary=True),
+    Peer("verl", "verl vocab-parallel log-prob, entropy", POLICY, _verl, splits_vocabulary=True),
 )
+
+
+def liger_fused_jsd() -> Callable[[Any], Tensor]:
+    """liger's reverse KL from hidden states, `bench_heads.Heads` to its mean over the tokens."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    def forward(problem: Any) -> Tensor:
+        loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, chunk_size=problem.chunk_size
+        )
+        return loss(problem.hidden, problem.weight, *problem.teacher, problem.target)
+
+    return forward
