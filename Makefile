@@ -21,7 +21,7 @@ layouts: setup
 	$(PYTHON) -m tests.distributed.layouts
 
 bench: setup
-	$(PYTHON) tools/bench_ops.py --tp 2 --out runs/bench
+	$(PYTHON) tools/bench_ops.py --peers "$$(tools/bench_peers.sh)" --out runs/bench
 
 check: setup
 	$(PYTHON) -m ruff check .

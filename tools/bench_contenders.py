@@ -125,7 +125,7 @@ def _sharded_log_softmax(logits: Tensor, group: Any) -> Tensor:
 
 
 def contenders(tp: int = 1) -> list[Contender]:
-    """Ours, the two forms of autograd, and whoever else can be imported here; with `tp`, whoever splits a vocabulary."""
+    """Ours, forms of autograd, and whoever else can be imported here; beyond one rank, whoever splits a vocabulary."""
     rows = [Contender(f"ours, {backend}", ALL, ours(backend)) for backend in BACKENDS]
     rows += [Contender(f"ours, {backend}, no teacher", POLICY, ours(backend, POLICY)) for backend in BACKENDS]
     rows.append(Contender("autograd", ALL, autograd(compiled=False)))

@@ -65,9 +65,7 @@ class HeadJudge:
         states, head = (x.double() for x in problem.teacher)
         self._dh: list[list[Tensor]] = [[], []]
         self._dw = [torch.zeros_like(weight) for _ in range(2)]
-        for h, t, y, a in zip(
-            *(x.split(64) for x in (hidden, states, problem.target, problem.advantage)), strict=True
-        ):
+        for h, t, y, a in zip(*(x.split(64) for x in (hidden, states, problem.target, problem.advantage)), strict=True):
             answer = reference_hybrid_loss(h @ weight.T, t @ head.T, y, advantage=a)
             for half, dz in enumerate((answer.dense, answer.sparse)):
                 self._dh[half].append(dz @ weight)

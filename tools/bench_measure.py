@@ -1,4 +1,4 @@
-"""One way to measure for every part of the benchmark: contenders take turns, medians count, memory by torch's own record.
+"""One way to measure for every part of the benchmark: contenders take turns, medians count, memory by torch's record.
 
 A contender is a forward and a backward on a problem that all of them are given; what was measured of it is one flat
 record, which tables, picture and JSON are made from.

@@ -54,10 +54,11 @@ class Collectives(TorchDispatchMode):
 
 def single_rank() -> None:
     """This process as the only rank of Megatron's groups, which some peers ask for at any size."""
-    from megatron.core import parallel_state
+    if bench_peers.want_groups():
+        from megatron.core import parallel_state
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(1)
 
 
 def tables(
@@ -83,17 +84,18 @@ def tables(
 
 def _on_rank(tp: int, tokens: int, vocab: int, dtype: str, repeats: int, peers: Path | None) -> list[Record]:
     """This rank's records."""
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(tp)
-    if dist.get_rank() >= tp:
-        return []
-    group = parallel_state.get_tensor_model_parallel_group()
-    rank = dist.get_rank(group)
-    whole = Logits.draw(tokens, vocab, dtype)
-    problem, judge = whole.shard(rank, tp, group), Judge(whole, rank, tp)
     if peers is not None:
         bench_peers.use(peers)
+    group, rank = dist.new_group(list(range(tp))), dist.get_rank()
+    if bench_peers.want_groups():
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(tp)
+        group = parallel_state.get_tensor_model_parallel_group()
+    if rank >= tp:
+        return []
+    whole = Logits.draw(tokens, vocab, dtype)
+    problem, judge = whole.shard(rank, tp, group), Judge(whole, rank, tp)
     with redirect_stderr(StringIO()):  # every rank would print what peers warn about at import
         taking_part = contenders(tp)
     records = measure(

@@ -7,9 +7,9 @@ the KL alone, or no teacher at all; the row says which, and it is judged against
 import importlib
 import importlib.util
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,7 @@ class Peer:
     load: Callable[[int], Forward]
     """Of the tensor-parallel size."""
     splits_vocabulary: bool = False
+    """Over Megatron's tensor-parallel group, which has to be there."""
 
     def why_not(self, error: Exception) -> str:
         """One line for the row of a peer that could not be loaded."""
@@ -49,6 +50,11 @@ class Peer:
         if failed is not None and failed.exists():
             return f"{self.package} does not install: {failed.read_text().strip()}"
         return f"{self.package} not imported: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def want_groups() -> bool:
+    """Whether a peer is here that asks for Megatron's groups, at any tensor-parallel size."""
+    return any(importlib.util.find_spec(name) is not None for name in ("modelopt", "swift", "verl"))
 
 
 def _file(module: str) -> Any:
@@ -61,9 +67,9 @@ def _file(module: str) -> Any:
         raise ModuleNotFoundError(f"No module named {parents[0]!r}")
     root = Path(spec.submodule_search_locations[0]).parent
     for depth in range(1, len(parents) + 1):
-        package = types.ModuleType(".".join(parents[:depth]))
-        package.__path__ = [str(root.joinpath(*parents[:depth]))]
-        sys.modules.setdefault(package.__name__, package)
+        bare = ModuleSpec(".".join(parents[:depth]), loader=None, is_package=True)
+        bare.submodule_search_locations = [str(root.joinpath(*parents[:depth]))]
+        sys.modules.setdefault(bare.name, importlib.util.module_from_spec(bare))
     return importlib.import_module(module)
 
 

@@ -79,7 +79,9 @@ def _parallel(ax: Axes, records: list[Record]) -> None:
     sent = {name: max(r.sent_bytes or 0 for r in mine) for name, mine in _grouped(rows).items()}
     _bars(ax, list(sent), list(sent.values()), "%.0f")
     for place, mine in enumerate(_grouped(rows).values()):
-        counts = f"{max(r.collectives or 0 for r in mine)} collectives" + (", WRONG" if any(r.wrong for r in mine) else "")
+        counts = f"{max(r.collectives or 0 for r in mine)} collectives" + (
+            ", WRONG" if any(r.wrong for r in mine) else ""
+        )
         ax.annotate(counts, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color="white")
     ax.set_xlabel("bytes per token and rank, forward and backward")
     ax.set_title(f"tensor parallel, {largest} ranks", loc="left")
@@ -94,7 +96,9 @@ def _heads(ax: Axes, records: list[Record]) -> None:
             if found:
                 bar = ax.barh(place + shift, found[0].extra["x_products"], 0.38, color=colour)
                 ax.bar_label(bar, fmt="%.2f", padding=3, fontsize=7)
-    ax.legend(handles=[ax.barh(0, 0, color=c, label=d) for d, c in zip(dtypes, (OURS, SECOND), strict=False)], fontsize=8)
+    ax.legend(
+        handles=[ax.barh(0, 0, color=c, label=d) for d, c in zip(dtypes, (OURS, SECOND), strict=False)], fontsize=8
+    )
     ax.set_yticks(range(len(names)), [name.replace(f" ({PRODUCTS.name})", "") for name in names], fontsize=8)
     ax.axvline(PRODUCT_FIGURE, color="black", linewidth=0.8, linestyle="--")
     ax.margins(x=0.12)
@@ -121,7 +125,9 @@ def _returns(ax: Axes, records: list[Record]) -> None:
         label = name.replace(" (cost-to-go)", "")
         slope = mine[-1].extra.get("exponent")
         label += f": exponent {slope:.2f}" if slope is not None else ""
-        ax.loglog([r.tokens for r in mine], [1e3 * (r.time_s or 0) for r in mine], marker="o", color=colour, label=label)
+        ax.loglog(
+            [r.tokens for r in mine], [1e3 * (r.time_s or 0) for r in mine], marker="o", color=colour, label=label
+        )
     ax.legend(fontsize=8)
     ax.set_xlabel("positions")
     ax.set_ylabel("ms")

@@ -53,10 +53,10 @@ def logits(records: list[Record], triad: float | None) -> Table:
         ["TP", "type", "", "job", *map(str, vocabs), "x ours", "memory", "error", "coll.", "B/token", "of triad"],
         caption=(
             "job: all = KL, policy term, log-probability, entropy; no teacher = the same without KL. x ours: our "
-            "fastest with the same job, or with all; geometric mean. memory: largest beside the inputs, x the student's "
-            "logits; the gradient is 1. error: of the gradient, against float64, relative, worst token. coll. and "
-            "B/token: collectives, and bytes handed to them by a rank. of triad: bytes that the op must move, over time, "
-            f"over the bandwidth of a triad. Tokens x vocabulary: {shapes}"
+            "fastest with the same job, or with all; geometric mean. memory: largest beside the inputs, x the "
+            "student's logits; the gradient is 1. error: of the gradient, against float64, relative, worst token. "
+            "coll. and B/token: collectives, and bytes handed to them by a rank. of triad: bytes that the op must "
+            f"move, over time, over the bandwidth of a triad. Tokens x vocabulary: {shapes}"
         ),
     )
     for (tp, dtype), section in groupby(records, lambda r: (r.tp, r.dtype)):
