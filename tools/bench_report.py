@@ -47,7 +47,10 @@ class Table:
 def logits(records: list[Record], triad: float | None) -> Table:
     """One row for each contender at each tensor-parallel size and type, one column of times for each vocabulary."""
     vocabs = sorted({record.vocab for record in records})
-    shapes = ", ".join(sorted({f"{r.tokens} x {r.vocab} (TP {r.tp})" for r in records}))
+    shapes = "; ".join(
+        f"TP {tp}: " + ", ".join(dict.fromkeys(f"{r.tokens} x {r.vocab}" for r in records if r.tp == tp))
+        for tp in dict.fromkeys(record.tp for record in records)
+    )
     table = Table(
         "from logits: forward + backward, ms",
         ["TP", "type", "", "job", *map(str, vocabs), "x ours", "memory", "error", "coll.", "B/token", "of triad"],
@@ -56,7 +59,7 @@ def logits(records: list[Record], triad: float | None) -> Table:
             "fastest with the same job, or with all; geometric mean. memory: largest beside the inputs, x the "
             "student's logits; the gradient is 1. error: of the gradient, against float64, relative, worst token. "
             "coll. and B/token: collectives, and bytes handed to them by a rank. of triad: bytes that the op must "
-            f"move, over time, over the bandwidth of a triad. Tokens x vocabulary: {shapes}"
+            f"move, over time, over the bandwidth of a triad. Tokens x vocabulary: {shapes}."
         ),
     )
     for (tp, dtype), section in groupby(records, lambda r: (r.tp, r.dtype)):
