@@ -12,7 +12,8 @@ growth    exponents of our time, with tokens and with vocabulary
 limits    this machine's bandwidth; what the op's bytes would take on an H100: computed, not measured
 
 With --out also bench_ops.md, .json and .png. Contenders take turns and medians count, but timings are only as good as
-the machine is quiet: its load is printed. A library that is missing is a row that says so.
+the machine is quiet: its load is printed. A library that is missing is a row that says so. Ctrl-C ends with the tables
+of what was measured.
 """
 
 import argparse
@@ -48,23 +49,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, say: "Progress", shapes: list[tuple[int, int]]) -> "list[Record]":
-    """The chosen parts, one after the other."""
+def run(options: argparse.Namespace, say: "Progress", shapes: list[tuple[int, int]], records: "list[Record]") -> None:
+    """The chosen parts, one after the other, into `records`."""
     import bench_heads
     import bench_logits
     import bench_parallel
     import bench_returns
 
-    records: list[Record] = []
     if "logits" in options.parts:
-        say("starting", 5.0)
+        say("starting", 15.0)
         bench_parallel.single_rank()
         for dtype in options.dtype:
             for tokens, vocab in shapes:
                 records += bench_logits.table(tokens, vocab, dtype, options.repeats, say)
-    if "parallel" in options.parts:
-        halves = [(max(1, tokens // 2), vocab) for tokens, vocab in shapes]  # every rank judges in float64
-        records += bench_parallel.tables(options.tp, halves, options.dtype, options.repeats, options.peers, say)
     if "heads" in options.parts:
         for dtype in options.dtype:
             records += bench_heads.table(tuple(options.head), dtype, options.repeats, say)
@@ -72,14 +69,17 @@ def run(options: argparse.Namespace, say: "Progress", shapes: list[tuple[int, in
         records += bench_returns.table(8, options.lengths, options.repeats, say)
     if "growth" in options.parts:
         records += bench_logits.growth(*shapes[0], options.repeats, say)
-    return records
+    if "parallel" in options.parts:
+        halves = [(max(1, tokens // 2), vocab) for tokens, vocab in shapes]  # every rank judges in float64
+        for rows in bench_parallel.tables(options.tp, halves, options.dtype, options.repeats, options.peers, say):
+            records += rows
 
 
 def cost(options: argparse.Namespace) -> float:
     """Of all steps, in the measure of what they say: about a second each."""
     tables = len(options.dtype) * len(options.vocab)
     costs = {
-        "logits": 5.0 + tables * (11 + options.repeats),
+        "logits": 15.0 + tables * (11 + options.repeats),
         "parallel": 15.0 + 4.0 * sum(options.tp) * tables,
         "heads": len(options.dtype) * 3 * (16 + options.repeats),
         "returns": len(options.lengths) * (3 + options.repeats) / 4,
@@ -109,8 +109,12 @@ def main() -> int:
     shapes = [(max(4, options.elements // vocab), vocab) for vocab in options.vocab]
     bandwidth = bench_limits.bandwidth() if "limits" in options.parts else None
     say = Progress(cost(options))
-    records = run(options, say, shapes)
-    say("done")
+    records: list[Record] = []
+    try:
+        run(options, say, shapes, records)
+        say("done")
+    except KeyboardInterrupt:
+        say("interrupted: what was measured until here")
 
     of = {part: [record for record in records if record.part == part] for part in PARTS}
     tables = []

@@ -5,7 +5,7 @@ the times are those of ranks that take turns: they compare contenders, not sizes
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -68,9 +68,8 @@ def tables(
     repeats: int,
     peers: Path | None,
     say: Callable[[str, float], None],
-) -> list[Record]:
-    """Every size, type and (tokens, vocabulary); the slowest rank's time, the largest memory and error of any."""
-    records = []
+) -> Iterator[list[Record]]:
+    """For every size, type and (tokens, vocabulary); the slowest rank's time, the largest memory and error of any."""
     say(f"starting {max(sizes)} ranks", 15.0)
     with RankPool(max(sizes)) as pool:
         for tp in sizes:
@@ -78,8 +77,7 @@ def tables(
                 for tokens, vocab in shapes:
                     say(f"TP {tp}, {dtype}, vocabulary {vocab}", 4.0 * tp)
                     by_rank = pool.run(_on_rank, tp, tokens, vocab, dtype, repeats, peers)[:tp]
-                    records += [_slowest(rows) for rows in zip(*by_rank, strict=True)]
-    return records
+                    yield [_slowest(rows) for rows in zip(*by_rank, strict=True)]
 
 
 def _on_rank(tp: int, tokens: int, vocab: int, dtype: str, repeats: int, peers: Path | None) -> list[Record]:

@@ -21,17 +21,20 @@ def save(records: list[Record], path: Path) -> None:
         dtypes = dict.fromkeys(r.dtype for r in parts["logits"])
         panels += [(_times, (parts["logits"], dtype)) for dtype in dtypes]
         panels.append((_memory, (parts["logits"],)))
-    panels += [(_parallel, (parts["parallel"],))] if "parallel" in parts else []
-    panels += [(_heads, (parts["heads"],))] if "heads" in parts else []
-    panels += [(_growth, (parts["growth"],))] if "growth" in parts else []
-    panels += [(_returns, (parts["returns"],))] if "returns" in parts else []
-    columns = min(2, len(panels))
-    figure = Figure(figsize=(7.2 * columns, 3.8 * -(-len(panels) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for part, *draws in (
+        ("parallel", _parallel_times, _collectives),
+        ("heads", _heads),
+        ("growth", _growth),
+        ("returns", _returns),
+    ):
+        panels += [(draw, (parts[part],)) for draw in draws if part in parts]
+    columns, rows = min(2, len(panels)), -(-len(panels) // 2)
+    figure = Figure(figsize=(7.2 * columns, 3.8 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, (draw, data) in zip(axes, panels, strict=False):
         draw(ax, *data)
         ax.spines[["top", "right"]].set_visible(False)
-    for ax in list(axes)[len(panels) :]:
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     figure.savefig(path, dpi=130)
 
@@ -73,36 +76,53 @@ def _memory(ax: Axes, records: list[Record]) -> None:
     ax.set_title("memory, the larger of the types", loc="left")
 
 
-def _parallel(ax: Axes, records: list[Record]) -> None:
-    largest = max(record.tp for record in records)
-    rows = [record for record in records if record.tp == largest]
-    sent = {name: max(r.sent_bytes or 0 for r in mine) for name, mine in _grouped(rows).items()}
-    _bars(ax, list(sent), list(sent.values()), "%.0f")
-    for place, mine in enumerate(_grouped(rows).values()):
-        counts = f"{max(r.collectives or 0 for r in mine)} collectives" + (
-            ", WRONG" if any(r.wrong for r in mine) else ""
-        )
-        ax.annotate(counts, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color="white")
-    ax.set_xlabel("bytes per token and rank, forward and backward")
-    ax.set_title(f"tensor parallel, {largest} ranks", loc="left")
+def _series(ax: Axes, names: list[str], series: dict[str, list[float]], form: str = "%.1f") -> None:
+    """Bars side by side: one value a name in each series."""
+    height = 0.8 / len(series)
+    for place, ((label, values), colour) in enumerate(zip(series.items(), (OURS, SECOND, OTHERS), strict=False)):
+        at = [k + (place - (len(series) - 1) / 2) * height for k in range(len(names))]
+        ax.bar_label(ax.barh(at, values, 0.95 * height, color=colour, label=label), fmt=form, padding=3, fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.legend(fontsize=8, loc="lower right")
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+
+
+def _parallel_times(ax: Axes, records: list[Record]) -> None:
+    grouped = _grouped(records)
+    series = {
+        f"TP {tp}": [
+            geometric_mean([(r.time_s or 0) / unit_s(r, records) for r in mine if r.tp == tp])
+            for mine in grouped.values()
+        ]
+        for tp in dict.fromkeys(record.tp for record in records)
+    }
+    _series(ax, list(grouped), series)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_xlabel("time of forward and backward, x our fastest with that job, both types")
+    ax.set_title("tensor parallel, gloo on this machine", loc="left")
+
+
+def _collectives(ax: Axes, records: list[Record]) -> None:
+    counts = {name: max(r.collectives or 0 for r in mine) for name, mine in _grouped(records).items()}
+    _bars(ax, list(counts), list(counts.values()), "%d")
+    for place, mine in enumerate(_grouped(records).values()):
+        sent = f"{max(r.sent_bytes or 0 for r in mine):.0f} bytes"
+        sent += ", WRONG" if any(r.wrong for r in mine) else ""
+        ax.annotate(sent, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color="white")
+    ax.set_xlabel("collectives, forward and backward (in the bars: bytes per token and rank)")
+    ax.set_title("tensor parallel, what is sent", loc="left")
 
 
 def _heads(ax: Axes, records: list[Record]) -> None:
-    dtypes = list(dict.fromkeys(record.dtype for record in records))
-    names = list(_grouped(records))
-    for shift, dtype, colour in zip((-0.2, 0.2), dtypes, (OURS, SECOND), strict=False):
-        for place, name in enumerate(names):
-            found = [r for r in _grouped(records)[name] if r.dtype == dtype]
-            if found:
-                bar = ax.barh(place + shift, found[0].extra["x_products"], 0.38, color=colour)
-                ax.bar_label(bar, fmt="%.2f", padding=3, fontsize=7)
-    ax.legend(
-        handles=[ax.barh(0, 0, color=c, label=d) for d, c in zip(dtypes, (OURS, SECOND), strict=False)], fontsize=8
-    )
-    ax.set_yticks(range(len(names)), [name.replace(f" ({PRODUCTS.name})", "") for name in names], fontsize=8)
+    grouped = _grouped(records)
+    dtypes = dict.fromkeys(record.dtype for record in records)
+    series = {
+        dtype: [next((r.extra["x_products"] for r in mine if r.dtype == dtype), 0.0) for mine in grouped.values()]
+        for dtype in dtypes
+    }
+    _series(ax, [name.replace(f" ({PRODUCTS.name})", "") for name in grouped], series, "%.2f")
     ax.axvline(PRODUCT_FIGURE, color="black", linewidth=0.8, linestyle="--")
-    ax.margins(x=0.12)
-    ax.invert_yaxis()
     ax.set_xlabel(f"time, x the four matrix products in chunks (dashed: {PRODUCT_FIGURE})")
     ax.set_title("from hidden states", loc="left")
 
