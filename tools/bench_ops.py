@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 PARTS = ("logits", "parallel", "heads", "returns", "growth", "limits")
 
 
+def _folder(text: str) -> Path | None:
+    """None where bench_peers.sh failed and printed nothing: rows will say that the libraries are missing."""
+    return Path(text) if text else None
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="positions of the returns")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of timing")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as it finds them")
-    parser.add_argument("--peers", type=Path, help="folder of other libraries, as bench_peers.sh prints it")
+    parser.add_argument("--peers", type=_folder, help="folder of other libraries, as bench_peers.sh prints it")
     parser.add_argument("--out", type=Path, help="folder for bench_ops.md, bench_ops.json and bench_ops.png")
     return parser.parse_args()
 

@@ -107,7 +107,7 @@ def _on_rank(tp: int, tokens: int, vocab: int, dtype: str, repeats: int, peers: 
         wait=lambda: dist.barrier(group),
     )
     for who, record in zip(taking_part, records, strict=True):
-        if record.error is not None:
+        if record.time_s is not None:
             record.collectives, record.sent_bytes, record.extra["kinds"] = _sent(who, problem)
     return records
 
