@@ -64,7 +64,7 @@ def _times(ax: Axes, records: list[Record], dtype: str) -> None:
     }
     _bars(ax, list(ratios), list(ratios.values()), "%.1f")
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_xlabel("time of forward and backward, x our fastest with that job")
+    ax.set_xlabel("time, x our fastest with that job")
     ax.set_title(f"from logits, {dtype}", loc="left")
 
 
@@ -72,7 +72,7 @@ def _memory(ax: Axes, records: list[Record]) -> None:
     held = {name: max(r.memory or 0 for r in mine) for name, mine in _grouped(records).items()}
     _bars(ax, list(held), list(held.values()), "%.1f")
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_xlabel("largest memory beside the inputs, x student logits (the gradient is 1)")
+    ax.set_xlabel("beside the inputs, x student logits (the gradient is 1)")
     ax.set_title("memory, the larger of the types", loc="left")
 
 
@@ -83,7 +83,7 @@ def _series(ax: Axes, names: list[str], series: dict[str, list[float]], form: st
         at = [k + (place - (len(series) - 1) / 2) * height for k in range(len(names))]
         ax.bar_label(ax.barh(at, values, 0.95 * height, color=colour, label=label), fmt=form, padding=3, fontsize=7)
     ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="upper right")
     ax.margins(x=0.12)
     ax.invert_yaxis()
 
@@ -99,7 +99,7 @@ def _parallel_times(ax: Axes, records: list[Record]) -> None:
     }
     _series(ax, list(grouped), series)
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_xlabel("time of forward and backward, x our fastest with that job, both types")
+    ax.set_xlabel("time, x our fastest with that job, both types")
     ax.set_title("tensor parallel, gloo on this machine", loc="left")
 
 
@@ -110,7 +110,7 @@ def _collectives(ax: Axes, records: list[Record]) -> None:
         sent = f"{max(r.sent_bytes or 0 for r in mine):.0f} bytes"
         sent += ", WRONG" if any(r.wrong for r in mine) else ""
         ax.annotate(sent, (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7, color="white")
-    ax.set_xlabel("collectives, forward and backward (in the bars: bytes per token and rank)")
+    ax.set_xlabel("collectives; in the bars: bytes per token and rank")
     ax.set_title("tensor parallel, what is sent", loc="left")
 
 
@@ -123,7 +123,7 @@ def _heads(ax: Axes, records: list[Record]) -> None:
     }
     _series(ax, [name.replace(f" ({PRODUCTS.name})", "") for name in grouped], series, "%.2f")
     ax.axvline(PRODUCT_FIGURE, color="black", linewidth=0.8, linestyle="--")
-    ax.set_xlabel(f"time, x the four matrix products in chunks (dashed: {PRODUCT_FIGURE})")
+    ax.set_xlabel(f"time, x the four products in chunks (dashed: {PRODUCT_FIGURE})")
     ax.set_title("from hidden states", loc="left")
 
 
@@ -135,6 +135,8 @@ def _growth(ax: Axes, records: list[Record]) -> None:
         colour = OURS if "compile" in r.name else SECOND
         ax.loglog(share, [1e3 * t for t in r.extra["time_s"]], style, marker="o", color=colour, label=label)
     ax.legend(fontsize=8)
+    ax.set_xticks(share, [f"{x:g}" for x in share], minor=False)
+    ax.set_xticks([], minor=True)
     ax.set_xlabel("share of the tokens, or of the vocabulary")
     ax.set_ylabel("ms, fp32")
     ax.set_title("growth", loc="left")
@@ -149,6 +151,9 @@ def _returns(ax: Axes, records: list[Record]) -> None:
             [r.tokens for r in mine], [1e3 * (r.time_s or 0) for r in mine], marker="o", color=colour, label=label
         )
     ax.legend(fontsize=8)
+    lengths = sorted({record.tokens for record in records})
+    ax.set_xticks(lengths, list(map(str, lengths)), minor=False)
+    ax.set_xticks([], minor=True)
     ax.set_xlabel("positions")
     ax.set_ylabel("ms")
     ax.set_title("cost-to-go, fp32", loc="left")
