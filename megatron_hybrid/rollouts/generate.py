@@ -1,9 +1,10 @@
 """Responses from the live student: autoregressive decoding over Megatron's own KV cache, on any layout.
 
-Prompts of a decoding batch differ in length. All rows advance together from the shortest prompt on; a row that is still
-inside its prompt takes its next prompt token instead of a sampled one. Every position is thus decoded exactly once,
-without padding in the cache, so no attention implementation needs a mask. Rows are sorted by length, and a batch ends
-where the next prompt is longer by more steps than a batch of its own would take.
+    distinct prompts ── one forward ──► a row of the cache each ──► one per response ── a forward per token ──► samples
+
+A prompt is read once, whatever its group's size. Prompts of a batch differ in length, see `wave.py`. Finished rows
+leave the batch: a step costs what its living rows cost. Requests are sorted by length, and a batch ends where filling
+the shorter prompts up would cost more than a batch of its own. What is drawn depends on (seed, step, prompt, sample).
 
 Sequence and context parallelism are off meanwhile (`mcore/unsliced.py`): each context-parallel rank decodes the same
 responses by itself.
@@ -13,20 +14,27 @@ Collectives per token: two small all-gathers over tp (sampling), one broadcast o
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hybrid.mcore.model import StaticInferenceContext, last_position_logits, pipeline_forward, unwrap_model
+from megatron_hybrid.mcore.kv_cache import KVCache, honours_masks
+from megatron_hybrid.mcore.model import last_position_logits, pipeline_forward, unwrap_model
 from megatron_hybrid.mcore.unsliced import unsliced
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.rollouts.assemble import Decode, Sample, assemble
 from megatron_hybrid.rollouts.sampling import sample_tokens
-from megatron_hybrid.runtime.seeds import uniforms
+from megatron_hybrid.rollouts.wave import Request, Wave
+
+LEAVE_AT = 0.25
+"""Share of a batch that must have finished before its cache is copied without them: a copy costs about a step."""
+STEPS_PER_LOOK = 8
+"""Steps between looks at who has finished where a look waits for the device (a GPU); everywhere else 1."""
+FIXED_TOKENS = 32
+"""What a step costs besides its rows (reading the weights, starting its kernels), in tokens of a prompt's forward."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,11 @@ class Sampler:
             chunk.eval()
         try:
             with torch.no_grad(), unsliced(chunks):
-                for wave in self._waves([len(prompt.token_ids) for prompt, _ in requests]):
-                    drawn = self._decode_wave(chunks, [requests[i] for i in wave], step=step, seed=seed)
-                    samples.update(zip(wave, drawn, strict=True))
+                aligned = honours_masks(chunks, self.parallel)
+                for indices in self._waves(requests, aligned=aligned):
+                    wave = self._wave([requests[i] for i in indices], aligned=aligned, step=step, seed=seed)
+                    self._decode(chunks, wave)
+                    samples.update(zip(indices, wave.samples(), strict=True))
         finally:
             for chunk, mode in zip(chunks, training, strict=True):
                 chunk.train(mode)
@@ -79,84 +89,84 @@ class Sampler:
             seed=seed,
         )
 
-    def _waves(self, lengths: list[int]) -> list[list[int]]:
+    def _waves(self, requests: list[Request], *, aligned: bool) -> list[list[int]]:
         """Indices of the requests that are decoded together, shortest prompts first."""
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        waves = [order[:1]]
-        for previous, i in itertools.pairwise(order):
-            if len(waves[-1]) == self.batch_size or lengths[i] - lengths[previous] > self.max_response_length:
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i][0].token_ids))
+        waves: list[list[int]] = []
+        for i in order:
+            prompt = requests[i][0]
+            if waves:
+                others = [requests[j][0] for j in waves[-1]]
+                gap = len(prompt.token_ids) - len(others[-1].token_ids)
+                # Aligned prompts are filled up in their one forward, the others wait for the longer one step by step.
+                filling = gap * len({other.prompt_id for other in others}) / FIXED_TOKENS if aligned else gap
+            if not waves or len(waves[-1]) == self.batch_size or filling > self.max_response_length:
                 waves.append([])
             waves[-1].append(i)
         return waves
 
-    def _decode_wave(
-        self, chunks: list[torch.nn.Module], requests: list[tuple[Prompt, int]], *, step: int, seed: int
-    ) -> list[Sample]:
-        lengths = [len(prompt.token_ids) for prompt, _ in requests]
-        shortest, end = min(lengths), max(lengths) + self.max_response_length
-        tokens = torch.zeros(len(requests), end, dtype=torch.long)
-        noise = torch.zeros(len(requests), end, dtype=torch.float64)
-        for row, (prompt, k) in enumerate(requests):
-            tokens[row, : lengths[row]] = torch.tensor(prompt.token_ids)
-            draws = uniforms(seed, step, prompt.prompt_id, k, self.max_response_length)
-            noise[row, lengths[row] : lengths[row] + self.max_response_length] = torch.from_numpy(draws)
-        tokens, noise = tokens.to(self.device), noise.to(self.device)
-        length = torch.tensor(lengths, device=self.device)
-        stops = torch.tensor(sorted(self.stop_ids), device=self.device)
-        log_probs = torch.zeros(len(requests), end, device=self.device)
-        stop_at = length + self.max_response_length  # one past the last token of each row, once known
-        finished = torch.zeros(len(requests), dtype=torch.bool, device=self.device)
+    def _wave(self, requests: list[Request], *, aligned: bool, step: int, seed: int) -> Wave:
+        return Wave(
+            requests,
+            max_response_length=self.max_response_length,
+            stop_ids=sorted(self.stop_ids),
+            aligned=aligned,
+            step=step,
+            seed=seed,
+            device=self.device,
+        )
 
-        context = StaticInferenceContext(len(requests), end)
-        start = 0
-        for position in range(shortest, end):
-            drawn, log_prob = self._next_token(chunks, tokens[:, start:position], start, context, noise[:, position])
-            start = position
-            sampled = (position >= length) & ~finished
-            tokens[:, position] = torch.where(sampled, drawn, tokens[:, position])
-            log_probs[:, position] = torch.where(sampled, log_prob, 0.0)
-            ends = sampled & (torch.isin(drawn, stops) | (position + 1 >= length + self.max_response_length))
-            stop_at = torch.where(ends, position + 1, stop_at)
-            finished |= ends
-            if bool(finished.all()):
+    def _decode(self, chunks: list[torch.nn.Module], wave: Wave) -> None:
+        """Reads the prompts, then draws one column after the other until no row writes any more."""
+        cache = KVCache(chunks, len(wave.first), wave.end)
+        prompts = slice(0, wave.border)
+        logits = self._forward(
+            chunks,
+            wave.tokens[wave.first, prompts],
+            wave.position_ids(wave.first, prompts),
+            cache,
+            wave.prefill_mask(),
+        )
+        cache.select(wave.place)
+        logits = logits if logits is None else logits.index_select(0, wave.place)
+        look = 1 if self.device.type == "cpu" else STEPS_PER_LOOK
+        for column in range(wave.border, wave.end):
+            wave.write(column, *self._draw(logits, wave.uniform(column)))
+            if (column - wave.border) % look == 0:
+                stay = wave.leave(LEAVE_AT)
+                if stay is not None:
+                    cache.select(stay)
+            if len(wave.rows) == 0 or column + 1 == wave.end:
                 break
-        ids, logs = tokens.cpu(), log_probs.cpu()
-        return [
-            Sample(
-                token_ids=tuple(ids[row, lengths[row] : stop].tolist()),
-                log_probs=logs[row, lengths[row] : stop],
-                truncated=int(ids[row, stop - 1]) not in self.stop_ids,
-            )
-            for row, stop in enumerate(stop_at.tolist())
-        ]
+            newest = slice(column, column + 1)
+            tokens, positions = wave.tokens[wave.rows, newest], wave.position_ids(wave.rows, newest)
+            logits = self._forward(chunks, tokens, positions, cache, wave.mask(column))
 
-    def _next_token(
-        self,
-        chunks: list[torch.nn.Module],
-        tokens: Tensor,
-        start: int,
-        context: StaticInferenceContext,
-        uniform: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """One forward over `tokens` [b, new] and a draw from the last position; the same ids on every stage."""
-        batch, new = tokens.shape
-        position_ids = torch.arange(start, start + new, device=self.device).expand(batch, -1)
+    def _forward(
+        self, chunks: list[torch.nn.Module], tokens: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None
+    ) -> Tensor | None:
+        """Logits [b, v/tp] behind the last of `tokens` [b, new] on the last stage; the cache holds them afterwards."""
         logits = pipeline_forward(
             chunks,
             tokens,
             position_ids,
             parallel=self.parallel,
             output_processor=last_position_logits,
-            inference_context=context,
+            inference_context=cache,
+            attention_mask=mask,
         )
-        context.sequence_len_offset += new
+        cache.sequence_len_offset += tokens.shape[1]
+        return logits
+
+    def _draw(self, logits: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """A token for each row and its log-probability, [b] each; the same ids on every stage."""
         if logits is not None:
             drawn, log_prob = sample_tokens(
                 logits, uniform, temperature=self.temperature, vocab_size=self.vocab_size, tp=self.parallel.tp
             )
         else:
-            drawn = torch.zeros(batch, dtype=torch.long, device=self.device)
-            log_prob = torch.zeros(batch, device=self.device)
+            drawn = torch.zeros(len(uniform), dtype=torch.long, device=self.device)
+            log_prob = torch.zeros(len(uniform), device=self.device)
         if self.parallel.pp.size > 1:
             dist.broadcast(drawn, group=self.parallel.pp.group, group_src=self.parallel.pp.size - 1)
         return drawn, log_prob

@@ -6,7 +6,7 @@ independent of the layout as on GPUs; type checks for `torch.cuda.FloatTensor` s
 True only while Megatron initialises: DataLoader and the optimizers of a CUDA build of torch misbehave otherwise.
 Megatron's jit fusers run uncompiled (they would compile for minutes what takes seconds); torch.compile stays usable.
 Sequence and context parallelism and packed sequences, for which Megatron wants Transformer Engine, run on torch layers
-(`cpu_layers.py`), and so does HybridModel (`cpu_hybrid.py`).
+(`cpu_layers.py`), and so do HybridModel (`cpu_hybrid.py`) and attention to a KV cache (`cpu_decoding.py`).
 
 Collectives need gloo: pass `--distributed-backend gloo`. With a GPU present `enable()` does nothing at all.
 Not here: anything about the hybrid method.
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.runtime import cpu_hybrid, cpu_layers
+from megatron_hybrid.runtime import cpu_decoding, cpu_hybrid, cpu_layers
 
 logger = logging.getLogger(__name__)
 
@@ -179,8 +179,9 @@ def _patch_megatron() -> None:
     tracker_logger = logging.getLogger(random.__name__)
     _put(tracker_logger, "disabled", True)
 
-    for owner, name, value in [*cpu_layers.stand_ins(), *cpu_hybrid.stand_ins()]:
-        _put(owner, name, value)
+    for room in (cpu_layers, cpu_hybrid, cpu_decoding):  # each wraps what it finds
+        for owner, name, value in room.stand_ins():
+            _put(owner, name, value)
 
     _put(training, "initialize_megatron", _with_visible_gpu(training.initialize_megatron))
     _put(training, "set_jit_fusion_options", lambda *args, **kwargs: None)
