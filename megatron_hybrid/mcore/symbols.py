@@ -39,6 +39,8 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"),
     ("megatron.core.tensor_parallel.random", "model_parallel_cuda_manual_seed"),
     ("megatron.core.transformer", "TransformerConfig"),
+    ("megatron.core.transformer.attention", "Attention"),
+    ("megatron.core.transformer.dot_product_attention", "DotProductAttention"),
     ("megatron.core.utils", "get_model_config"),
     ("megatron.core.utils", "unwrap_model"),
     ("megatron.training", "get_args"),

@@ -2,7 +2,9 @@
 
 Inverse transform: with one uniform number per sequence, the token is where the cumulative probability passes it. Ranks
 exchange three numbers per sequence (maximum, mass; then the winner's id and logit), never the vocabulary, and the draw
-is the same for every layout up to the rounding of the sums.
+is the same for every layout up to the rounding of the sums. The first exchange cannot wait for the second: where the
+threshold lies is known only once every rank's mass is. One exchange would do if each rank drew a candidate of its own
+and the masses chose among them, but then the draw would depend on how the vocabulary is cut.
 """
 
 import torch

@@ -1,8 +1,12 @@
-"""Decoding with Megatron's KV cache: right log-probs, the same responses on every layout, stops where it should."""
+"""Decoding with Megatron's KV cache: right log-probs, the same responses on every layout, stops where it should.
+
+Responses may depend neither on who shares a batch nor on when finished rows leave it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +32,17 @@ LAYOUTS = [
     pytest.param(4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}, id="PP 2 x CP 2"),
 ]
 OTHER_MODELS = [
+    pytest.param(
+        1,
+        {
+            "group_query_attention": True,
+            "num_query_groups": 2,
+            "qk_layernorm": True,
+            "apply_query_key_layer_scaling": True,
+        },
+        id="grouped queries, scaled by layer",
+    ),
+    pytest.param(1, {"position_embedding_type": "learned_absolute"}, id="learned positions"),
     pytest.param(1, {"hybrid_layer_pattern": "*-*-", "num_layers": None}, id="HybridModel"),
     pytest.param(2, MOE | {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="experts, TP 2 + SP"),
 ]
@@ -96,6 +111,73 @@ def test_cached_decoding_gives_the_log_probs_of_a_full_forward(rank_pool, size, 
     assert mask.any(dim=1).all()
     # fp32 attention over a cache and over the whole sequence sum in another order: 1e-6 relative to logits of order 10.
     torch.testing.assert_close(last["sampled"][mask].double(), last["full"][mask], rtol=0, atol=2e-5)
+
+
+def batches(how: str) -> dict[str, Any]:
+    """Tokens, mask and log-probs of the prompts, and the batch sizes they were decoded with."""
+    from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.mcore.kv_cache import KVCache
+    from megatron_hybrid.rollouts import generate
+    from tests.tiny import megatron, set_weights, start
+
+    sizes = []
+
+    class Watched(KVCache):
+        def select(self, rows: torch.Tensor) -> None:
+            sizes.append(len(rows))
+            super().select(rows)
+
+    with megatron() as args:
+        model = start(args)
+        set_weights(model)
+        sampler = generate.Sampler(
+            parallel=parallel_context(),
+            device=torch.device("cpu"),
+            vocab_size=61,
+            stop_ids=frozenset(range(0, 61, 4)),
+            decode=lambda ids: " ".join(map(str, ids)),
+            max_response_length=12,
+        )
+        prompts = [Prompt(i, ids, "", "task") for i, ids in enumerate(PROMPTS)]
+        changed: dict[str, Any] = {"KVCache": Watched}
+        if how == "nobody leaves":
+            changed["LEAVE_AT"] = float("inf")
+        if how == "everybody leaves at once":
+            changed["LEAVE_AT"] = 0.0
+        if how == "prompts start together":  # as where attention obeys no masks
+            changed["honours_masks"] = lambda chunks, parallel: False
+        with mock.patch.multiple(generate, **changed):
+            if how == "prompts alone":
+                parts = [sampler.sample(model, [prompt], 3, step=5, seed=1) for prompt in prompts]
+            else:
+                parts = [sampler.sample(model, prompts, 3, step=5, seed=1)]
+        rows = [
+            (part.responses[row], part.sampled_logprobs[row][part.response_mask[row]])
+            for part in parts
+            for row in range(len(part.responses))
+        ]
+        return {
+            "responses": [text for text, _ in rows],
+            "log_probs": torch.cat([logs for _, logs in rows]),
+            "sizes": sizes,
+        }
+
+
+@pytest.mark.parametrize(
+    "how", ["nobody leaves", "everybody leaves at once", "prompts start together", "prompts alone"]
+)
+def test_a_response_does_not_depend_on_the_batch_it_was_decoded_in(rank_pool, how):
+    usual, other = (rank_pool(1, init=False).run(batches, kind)[0] for kind in ("usual", how))
+    assert usual["responses"] == other["responses"]
+    # As for a full forward pass: fp32 sums in another order, logits of order 10.
+    torch.testing.assert_close(usual["log_probs"], other["log_probs"], rtol=0, atol=2e-5)
+    # One row a prompt becomes one a response, and then the batch shrinks with those that finish.
+    assert usual["sizes"][0] == 12 and usual["sizes"][-1] == 0
+    assert usual["sizes"] == sorted(usual["sizes"], reverse=True) and len(usual["sizes"]) > 3
+    if how == "nobody leaves":
+        assert other["sizes"] == [12]
+    if how == "everybody leaves at once":
+        assert len(other["sizes"]) > len(usual["sizes"])
 
 
 def test_responses_are_the_same_on_every_layout_and_batch_size(rank_pool):
