@@ -1,7 +1,10 @@
-"""The two passes of `eager.py` through torch.compile: the same sums, each one loop with its terms in registers.
+"""The two passes of `eager.py` compiled: by `native.cpp` for fp32 and bf16 on a CPU, by torch.compile for the rest.
 
     stats     e = exp(z - m_z), d = (z - m_z) - (w - m_w):   m_z, s_z, m_w, s_w, sum e d, sum e (z - m_z)     per row
     gradient  e (a (d - k) + b);   at the target, where c comes off, the same formula on [n, 1], not compiled
+
+On a CPU torch.compile reaches a third of the C++ (it calls a library for each exp, keeps sums in memory, and reads a
+block once for the maxima and once for the sums), so what follows is of other devices, other types, and no compiler.
 
 Data in and out, edge cases and types are those of `eager.py`, which also serves a single row or column. Each pass takes
 blocks of rows that stay in cache; what is held besides the inputs is one block where rows are picked or overwritten by
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.ops import eager
+from megatron_hybrid.ops import eager, native
 from megatron_hybrid.ops.call import Call, Shard
 from megatron_hybrid.ops.eager import FAR, LOWEST, MOST_SHIFT, STEPS
 
@@ -46,6 +49,8 @@ _Kind = tuple[torch.dtype, bool]
 @torch.no_grad()
 def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
     """As `eager.shard_stats`: this rank's statistics of the counted rows, [n, 8] fp32."""
+    if native.serves(student, teacher):
+        return native.shard_stats(student, teacher, call)
     run, n = _variant(_stats, call, student, teacher), len(call.target)
     if run is None or min(n, call.shard.width) < 2:
         return eager.shard_stats(student, teacher, call)
@@ -63,6 +68,8 @@ def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
 @torch.no_grad()
 def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coefficients: Tensor, out: Tensor) -> None:
     """As `eager.shard_gradient`: writes the gradient of every row and column of the shard into `out`."""
+    if native.serves(student, teacher):
+        return native.shard_gradient(student, teacher, call, coefficients, out)
     over = call.rows is not None or out.data_ptr() == student.data_ptr()
     outputs = [] if over else [out]
     run = _variant(_write_gradient, call, student, teacher, *outputs, over=over)

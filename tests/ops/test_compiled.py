@@ -1,6 +1,7 @@
 """The compiled backend against the torch backend and the judge: same results, few compilations, a way out without any.
 
-Compiling takes seconds for each variant, so the tests share theirs: the same types, and vocabularies below 4096.
+Each test runs by `native.cpp` and by torch.compile, or says which. torch.compile takes seconds for each variant, so the
+tests share theirs: the same types, and vocabularies below 4096. What only `native.cpp` has is in `test_native.py`.
 """
 
 import logging
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
-from megatron_hybrid.ops import compiled, eager
+from megatron_hybrid.ops import compiled, eager, native
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.reference import reference_hybrid_loss
 from megatron_hybrid.runtime import cpu
@@ -27,11 +28,20 @@ CASES = load_cases()
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(autouse=True)
-def _torch_is_not_asked_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def declined(*args: Any) -> None:
-        raise AssertionError("the torch backend ran in the place of the compiled one")
+BY_TORCH_COMPILE = pytest.mark.parametrize("path", ["torch.compile"], indirect=True)
 
+
+@pytest.fixture(autouse=True, params=["native.cpp", "torch.compile"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who computes; whoever else is asked fails the test."""
+
+    def declined(*args: Any) -> None:
+        raise AssertionError(f"asked in the place of {request.param}")
+
+    if request.param == "native.cpp":
+        monkeypatch.setattr(compiled, "_variant", declined)
+    else:
+        monkeypatch.setattr(native, "serves", lambda *logits: False)
     stand_in = type("Eager", (), {"shard_stats": declined, "shard_gradient": declined})
     for name in ("NUM_STATS", "clear_uncounted"):
         setattr(stand_in, name, staticmethod(value) if callable(value := getattr(eager, name)) else value)
@@ -77,7 +87,11 @@ def test_every_case_of_the_ground_truth_in_fp32(name: str):
     assert_close_to(CASES[name], out._asdict() | {"grad": grad})
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [("native.cpp", torch.bfloat16), ("torch.compile", torch.bfloat16), ("torch.compile", torch.float16)],
+    indirect=["path"],
+)
 @pytest.mark.parametrize("name", ["plain", "padded_vocab", "both_minus_inf"])
 def test_half_precision_is_the_torch_backends(name: str, dtype: torch.dtype):
     got, expected = (outputs_of(CASES[name], dtype=dtype, backend=backend) for backend in ("compile", "torch"))
@@ -154,6 +168,7 @@ def test_temperatures_and_a_missing_teacher_are_the_torch_backends():
     assert_as_torch(student, None, target, advantage=advantage, student_temperature=0.7)
 
 
+@BY_TORCH_COMPILE
 @pytest.mark.parametrize("inplace", [False, True])
 def test_blocks_of_rows_change_nothing(inplace: bool, monkeypatch: pytest.MonkeyPatch):
     student, teacher, target, advantage = problem(n=9)
@@ -163,6 +178,7 @@ def test_blocks_of_rows_change_nothing(inplace: bool, monkeypatch: pytest.Monkey
     assert all(torch.equal(a, b) for a, b in zip(whole, blocks, strict=True))
 
 
+@BY_TORCH_COMPILE
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 9])
 def test_blocks_cover_every_row_once_and_none_has_a_single_one(n: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "_ELEMENTS_PER_THREAD", 1)
@@ -189,6 +205,7 @@ def test_inputs_are_not_mutated_and_inplace_writes_the_same_gradient_over_the_st
     assert grad.data_ptr() == logits.data_ptr() and torch.equal(grad, expected) and torch.equal(teacher, before[1])
 
 
+@BY_TORCH_COMPILE
 def test_nothing_is_compiled_again_for_other_rows_columns_temperatures_and_floors():
     def both(n: int, v: int, padding: int, **options: Any) -> None:
         student, teacher, target, _ = problem(n, v + padding)
@@ -202,12 +219,14 @@ def test_nothing_is_compiled_again_for_other_rows_columns_temperatures_and_floor
             both(n, v, 24, teacher_logit_floor=-n / 2)
 
 
+@BY_TORCH_COMPILE
 def test_another_type_of_logits_is_compiled_so_the_test_above_can_fail(no_compilation: None):
     student, teacher, target, _ = problem()
     with pytest.raises(RuntimeError, match="fail_on_recompile"):
         compiled._compiled(compiled._stats, ((torch.float64, True), None), False, "cpu", False)
 
 
+@BY_TORCH_COMPILE
 @pytest.mark.parametrize("inplace", [False, True])
 def test_blocks_bound_what_is_held_even_where_nothing_is_fused(inplace: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "_ELEMENTS_PER_THREAD", 2 * 2048 // torch.get_num_threads())
@@ -221,6 +240,7 @@ def test_blocks_bound_what_is_held_even_where_nothing_is_fused(inplace: bool, mo
     assert block in seen.sizes, "blocks must be seen, or this test sees nothing"
 
 
+@BY_TORCH_COMPILE
 def test_each_pass_is_one_graph_so_nothing_runs_uncompiled():
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
@@ -231,19 +251,22 @@ def test_each_pass_is_one_graph_so_nothing_runs_uncompiled():
 
 def _compiled_beside_the_cpu_stand_ins() -> tuple[bool, int, float]:
     """On a rank: (stand-ins are active, graphs compiled, largest difference from the torch backend's gradient)."""
-    with cpu.enabled() as active:
+    with cpu.enabled() as active, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(native, "serves", lambda *logits: False)
         counters.clear()
         student, teacher, target, _ = problem()
         got, expected = (solve(backend, student, teacher, target)[-1] for backend in ("compile", "torch"))
         return active, counters["stats"]["unique_graphs"], (got - expected).abs().max().item()
 
 
+@BY_TORCH_COMPILE
 def test_it_compiles_on_a_rank_that_runs_megatron_without_a_gpu(rank_pool: Callable[..., RankPool]):
     ((active, graphs, difference),) = rank_pool(1).run(_compiled_beside_the_cpu_stand_ins)
     assert graphs == 2 and active is not torch.cuda.is_available()
     assert difference < 1e-6  # fp32 sums in another order, of entries below 1
 
 
+@BY_TORCH_COMPILE
 def test_without_a_compiler_the_torch_backend_runs_and_the_log_says_why_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
