@@ -44,22 +44,28 @@ struct BFloat16 {
   }
 };
 
-// exp(x) for x <= 0 within 2 ulp: 2^n e^f, |f| <= log(2)/2, by Taylor's polynomial; exactly 0 below -87.7.
-inline float exponential(float x) {
-  x = x < -88.0f ? -88.0f : x;
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // log(2) in two parts: the first product is exact
-  float p = f * (1 / 720.0f) + 1 / 120.0f;
-  p = p * f + 1 / 24.0f;
-  p = p * f + 1 / 6.0f;
-  p = p * f + 0.5f;
-  p = p * f + 1;
-  p = p * f + 1;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;  // 2^n; 0 for n = -127
+// 2^t for t in [LEAST_POWER, 0], within 2e-7; exactly 1 at 0 and exactly 0 from -126.5 down.
+constexpr float LEAST_POWER = -127, LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
+
+inline float power_of_two(float t) {
+  constexpr float shift = 12582912 + 127;  // its last bit is 1: a sum is rounded to the next integer, biased by 127
+  const float shifted = t + shift, f = t - (shifted - shift);  // |f| <= 1/2
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits <<= 23;
   float power;
   std::memcpy(&power, &bits, 4);
-  return p * power;
+  float p = 0.00132647242f * f + 0.00967151324f;
+  p = p * f + 0.0555073376f;
+  p = p * f + 0.240222421f;
+  p = p * f + 0.693146978f;
+  return power * (p * f + 1);
 }
+
+// t in the range of `power_of_two`; a NaN stays.
+inline float bounded(float t) { return t < LEAST_POWER ? LEAST_POWER : t; }
+
+inline float exponential(float x) { return power_of_two(bounded(x * LOG2_E)); }
 
 // What is taken off z and w before their difference: `eager._difference`.
 struct Origin {
@@ -93,19 +99,20 @@ struct Row {
     const auto [student_scale, teacher_scale, ratio, floor] = scales;
     const float m_z = this->m_z, m_w = this->m_w;
     const auto [c_z, c_w] = Origin(m_z, m_w, ratio);
+    const float to_z = student_scale * LOG2_E, to_w = teacher_scale * LOG2_E;
     float sum_z = 0, sum_w = 0, sum_a = 0, sum_b = 0;
 #pragma omp simd reduction(+ : sum_z, sum_w, sum_a, sum_b)
     for (int64_t j = 0; j < count; j++) {
-      const float z_j = z[j], down = (z_j - m_z) * student_scale, e = exponential(down);
+      const float z_j = z[j], t = bounded((z_j - m_z) * to_z), e = power_of_two(t);
       sum_z += e;
-      sum_b += e == 0 ? 0 : e * down;
+      sum_b += e * t;  // e is 0 where t is not the true one
       if constexpr (TEACHER) {
         const float w_j = w[j] < floor ? floor : static_cast<float>(w[j]);
-        sum_w += exponential((w_j - m_w) * teacher_scale);
+        sum_w += power_of_two(bounded((w_j - m_w) * to_w));
         sum_a += e == 0 ? 0 : e * ((z_j - c_z) - (w_j - c_w) * ratio);
       }
     }
-    s_z += sum_z, s_w += sum_w, a += sum_a, b += sum_b;
+    s_z += sum_z, s_w += sum_w, a += sum_a, b += sum_b * LOG_2;
   }
 
   // The maxima with these columns; what is summed already moves to the new ones.
@@ -169,7 +176,7 @@ void gradient_of_row(const Place& row, const Scales& scales, const float* coeffi
   const auto [scale, teacher_scale, ratio, floor] = scales;
   const Origin origin(m_z, m_w, ratio);
   const auto [c_z, c_w] = origin;
-  const float base = origin.difference(m_z, m_w, ratio) * scale + k;
+  const float base = origin.difference(m_z, m_w, ratio) * scale + k, to_z = scale * LOG2_E;
   const auto at = [=](float z, float w) {
     float slope = b;
     if constexpr (TEACHER) {
@@ -181,7 +188,7 @@ void gradient_of_row(const Place& row, const Scales& scales, const float* coeffi
       d = d > FAR ? FAR : d;
       slope += a * (d - base);
     }
-    return exponential((z - m_z) * scale) * slope;
+    return power_of_two(bounded((z - m_z) * to_z)) * slope;
   };
   const bool here = row.own >= 0 && row.own < row.width;
   // First, because the row may be overwritten: c off before the single rounding.
