@@ -261,7 +261,7 @@ def main() -> int:
     for dtype in options.dtype:
         for max_response in options.max_response:
             results += measure(options, dtype, max_response, lambda text: print(text, file=sys.stderr, flush=True))
-    report(results, options)
+            report(results, options)  # so far: a run of minutes may be cut short
     print(f"load average {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
     if options.out is not None:
         rows = [asdict(result) | {"tokens_per_s": result.tokens_per_s} for result in results]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_hybrid.mcore.kv_cache import KVCache, honours_masks
 from megatron_hybrid.mcore.model import last_position_logits, pipeline_forward, unwrap_model
@@ -131,9 +132,9 @@ class Sampler:
         logits = logits if logits is None else logits.index_select(0, wave.place)
         look = 1 if self.device.type == "cpu" else STEPS_PER_LOOK
         for column in range(wave.border, wave.end):
-            wave.write(column, *self._draw(logits, wave.uniform(column)))
-            if (column - wave.border) % look == 0:
-                stay = wave.leave(LEAVE_AT)
+            with record_function("hybrid/sampling"):
+                wave.write(column, *self._draw(logits, wave.uniform(column)))
+                stay = wave.leave(LEAVE_AT) if (column - wave.border) % look == 0 else None
                 if stay is not None:
                     cache.select(stay)
             if len(wave.rows) == 0 or column + 1 == wave.end:
