@@ -3,35 +3,21 @@
     weights, gradients, optimizer of the student     the whole run
     weights of the teacher                           the whole run
     KV cache                                         while responses are sampled
-    payload of the teacher, activations, the op      while the student learns
+    payload of the teacher, activations, the head    while the student learns (`plan_head.py`)
 
 All on the first and on the last rank of a pipeline. Not here: what an allocator loses between tensors, workspaces of
 kernels, communication buffers of NCCL (about 1 GB a rank in practice), the CUDA context.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import plan_head
+from plan_head import FP32
 from plan_model import Plan
 from plan_shapes import Shape
 
-from megatron_hybrid.ops import eager
-
-FP32 = 4
 TOPK_SLOT = 8 + 4
 """`records.TopKPayload`: an int64 id and an fp32 log-probability."""
-STAT_BYTES = FP32 * eager.NUM_STATS
-"""What a rank tells the others of a token (`ops/function.py`)."""
-STATS_BUFFERS, GRADIENT_BUFFERS = 4, 3
-"""fp32 buffers of one block of rows in the two passes of `ops/eager.py`."""
-ROW_NUMBERS = 20
-"""fp32 numbers of each row of a block beside them, measured."""
-MERGE_BYTES, MERGE_BYTES_PER_RANK = 72, 57
-"""Of a token while the ranks' statistics are merged, blocks gone: 32 gathered from each rank and what rescales them;
-measured."""
-HEAD_NUMBERS = 16
-"""fp32 numbers of a token that the fused head keeps of all its chunks, measured."""
-ACCELERATOR_BLOCK = 1 << 24
-"""Elements of a block on an accelerator (`ops/eager.py`)."""
 
 
 @dataclass(frozen=True)
@@ -107,52 +93,6 @@ def kv_cache(plan: Plan, *, last: bool) -> int:
     return layout.stage_layers(student)[last] * per_layer
 
 
-def logits(plan: Plan, tokens: int) -> int:
-    """Of student and teacher [n, v/tp] each; the student's gradient is written over its logits.
-
-    A teacher's payload of top k needs no logits of the teacher.
-    """
-    models = 2 if plan.teacher is not None and plan.step.payload == "hidden" else 1
-    return models * tokens * plan.columns * plan.step.dtype_bytes
-
-
-def op(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
-    """What `vocab_parallel_hybrid_loss(inplace=True)` holds at its peak beside both logits, backend torch.
-
-    The stats pass with its [n, 8], or the merge of [tp, n, 8] behind it, whichever is more.
-
-    block  elements of a block of rows (`ops/eager.py`)
-    """
-    n, rows = plan.tokens, _rows_of_block(plan, plan.tokens, block)
-    stats = rows * (STATS_BUFFERS * plan.columns + ROW_NUMBERS) + n * eager.NUM_STATS
-    gathered = MERGE_BYTES_PER_RANK * plan.layout.tp - (STAT_BYTES if plan.layout.tp == 1 else 0)
-    return max(FP32 * stats, n * (MERGE_BYTES + gathered))
-
-
-def fused_head(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
-    """What `linear_hybrid_loss` holds at its peak beside its inputs, backend torch (`ops/lm_head_function.py`).
-
-    Logits of one chunk, the op's buffers on it, dh; in the end an empty tensor in the place of dW, as Megatron's own
-    layers leave one. In one pass dW in fp32 besides, and copies of dh while it is scaled; in two passes dW is summed in
-    Megatron's `main_grad`.
-    """
-    step, chunk = plan.step, min(plan.step.chunk, plan.tokens)
-    width = _rows_of_block(plan, chunk, block) * plan.columns
-    numbers, weight = plan.tokens * plan.student.hidden, plan.columns * plan.student.hidden
-    dh, placeholder = numbers * step.dtype_bytes, weight * step.dtype_bytes
-    of_tokens = FP32 * HEAD_NUMBERS * plan.tokens
-    chunks = logits(plan, chunk) + of_tokens
-    stats, gradient = (FP32 * buffers * width for buffers in (STATS_BUFFERS, GRADIENT_BUFFERS))
-    if not step.one_pass:
-        return max(chunks + stats, chunks + gradient + dh, of_tokens + dh + placeholder)
-    copies = FP32 * numbers * (2 if step.dtype_bytes == 2 else 1)
-    return FP32 * weight + dh + max(chunks + stats, copies, of_tokens + dh + placeholder)
-
-
-def _rows_of_block(plan: Plan, tokens: int, block: int) -> int:
-    return min(tokens, max(1, block // plan.columns))
-
-
 def items(plan: Plan, activations: tuple[int, int]) -> list[Item]:
     """All lines of the plan; activations on the first and last rank come from Megatron's estimator."""
     student, step = plan.student, plan.step
@@ -170,16 +110,9 @@ def items(plan: Plan, activations: tuple[int, int]) -> list[Item]:
     lines.append(Item("rollouts: KV cache", *(kv_cache(plan, last=end) for end in (False, True)), "sampling", note))
     if plan.teacher is not None:
         whole = payload(plan, microbatches=plan.num_microbatches)
-        one = payload(plan, microbatches=1)
-        note = f"{plan.num_microbatches} micro-batches of {human(one)}"
-        lines.append(_on_last(plan, f"teacher: payload, {step.payload}", whole, note))
+        lines.append(_on_last(plan, f"teacher: payload, {step.payload}", whole, _payload_note(plan)))
     lines.append(Item("activations", *activations, "learning", "Megatron's estimator"))
-    if step.head == "logits":
-        note = f"{plan.tokens} tokens x {plan.columns} columns"
-        lines.append(_on_last(plan, "head: logits of a micro-batch", logits(plan, plan.tokens), note))
-        lines.append(_on_last(plan, "op: blocks and numbers", op(plan), "backend torch"))
-    else:
-        lines.append(_on_last(plan, "fused head", fused_head(plan), f"chunks of {min(step.chunk, plan.tokens)} tokens"))
+    lines.append(_on_last(plan, "LM head and op", plan_head.peak(plan), plan_head.note(plan)))
     return lines
 
 
@@ -189,6 +122,16 @@ def human(size: float) -> str:
         if abs(size) >= scale:
             return f"{size / scale:.2f} {unit}"
     return f"{size:.0f} B"
+
+
+def _payload_note(plan: Plan) -> str:
+    """What the payload is made of, and how to have less of it."""
+    note = f"{plan.num_microbatches} micro-batches of {human(payload(plan, microbatches=1))}"
+    if plan.step.payload == "hidden":
+        few = replace(plan, step=replace(plan.step, payload="topk"))
+        less = human(payload(few, microbatches=plan.num_microbatches))
+        note += f"; top k: {less}"
+    return note + "; or fewer responses a step, a collection then cut into mini-batches"
 
 
 def _on_last(plan: Plan, name: str, size: int, note: str) -> Item:

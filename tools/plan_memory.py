@@ -5,8 +5,8 @@ python tools/plan_memory.py --student-load DIR --teacher-load DIR --ranks 8 --tp
 python tools/plan_memory.py --layers 24 --hidden 2048 --ffn 5632 --heads 16 --vocab 32000 --ranks 8 --tp 2
 
 For the first and the last rank of a pipeline: weights, gradients and optimizer, the teacher's weights and what it
-leaves, KV cache, activations, the op; then what a step sends, ours and Megatron's apart. Nothing is built or measured
-here; tests hold every formula of ours against a small real run. Activations are Megatron's own estimate.
+leaves, KV cache, activations, the LM head with the op; then what a step sends, ours and Megatron's apart. Nothing is
+built or measured here; tests hold every formula of ours against a small real run. Activations are Megatron's estimate.
 A model is a preset, the arguments in a torch_dist checkpoint, or its numbers one by one, which also change a preset.
 """
 
@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plan_model import Layout, Plan, Step
 from plan_shapes import PRESETS, Shape
 
-from megatron_hybrid.errors import ConfigError, HybridError  # no torch
+from megatron_hybrid.config import LM_HEADS, ROLLOUT_CORRECTIONS, TEACHER_PAYLOADS, HybridConfig, OnlineConfig
+from megatron_hybrid.errors import ConfigError, HybridError  # no torch, the configuration neither
 
 NUMBERS = ("layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocab")
 
@@ -49,17 +50,24 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--seq-length", type=int, default=4096, help="tokens of prompt and response")
     step.add_argument("--response-tokens", type=int, default=3072, help="of them the response's")
     step.add_argument("--responses", type=int, default=1024, help="of one optimizer step, all replicas together")
+    step.add_argument("--group-size", type=int, default=HybridConfig.group_size, help="responses to one prompt")
     step.add_argument("--micro-batch", type=int, default=1, help="responses read at a time")
     step.add_argument("--rollout-batch", type=int, default=64, help="sequences decoded together on a replica")
-    step.add_argument("--payload", choices=("hidden", "topk"), default="hidden", help="what the teacher leaves")
+    step.add_argument("--payload", choices=TEACHER_PAYLOADS, default="hidden", help="what the teacher leaves")
     step.add_argument("--topk", type=int, default=64)
-    step.add_argument("--head", choices=("logits", "fused"), default="logits", help="the trainer's, or the fused one")
-    step.add_argument("--chunk", type=int, default=4096, help="tokens of a chunk of the fused head")
-    step.add_argument("--two-pass", action="store_true", help="the fused head makes its logits again in backward")
+    step.add_argument("--head", choices=LM_HEADS, default="fused", help="--hybrid-lm-head of the run")
+    step.add_argument(
+        "--chunk", type=int, metavar="N", help="--hybrid-lm-head-chunk-size; unset: the most that the trainer takes"
+    )
+    step.add_argument("--rollout-correction", choices=ROLLOUT_CORRECTIONS, default=HybridConfig.rollout_correction)
+    step.add_argument("--prefix-correction", action="store_true")
     step.add_argument("--fp32", action="store_true", help="weights and activations in fp32, not bf16")
     step.add_argument("--no-distributed-optimizer", action="store_true")
-    step.add_argument("--gradient-norms", action="store_true", help="a step that measures them")
-    step.add_argument("--sequence-corrections", action="store_true", help="importance weights of whole responses")
+    step.add_argument(
+        "--no-gradient-norms",
+        action="store_true",
+        help=f"a step that does not measure them: one in {OnlineConfig.gradient_norms_interval} does by default",
+    )
     step.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     return main
 
@@ -107,14 +115,15 @@ def plan_of(args: argparse.Namespace) -> Plan:
         rollout_batch=args.rollout_batch,
         payload=args.payload,
         topk=args.topk,
+        group_size=args.group_size,
         head=args.head,
         chunk=args.chunk,
-        one_pass=not args.two_pass,
         dtype_bytes=4 if args.fp32 else 2,
         distributed_optimizer=not args.no_distributed_optimizer,
         vocab_multiple=args.make_vocab_size_divisible_by,
-        gradient_norms=args.gradient_norms,
-        sequence_corrections=args.sequence_corrections,
+        gradient_norms=not args.no_gradient_norms,
+        rollout_correction=args.rollout_correction,
+        prefix_correction=args.prefix_correction,
     )
     return Plan(student, teacher, Layout(args.ranks, args.tp, args.pp, args.vpp, args.cp, sequence_parallel), step)
 
@@ -122,8 +131,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def main() -> int:
     """Prints the plan, or one sentence about what does not fit."""
     args = parser().parse_args()
-    logging.disable(logging.WARNING)  # torch's and Megatron's, about GPU libraries that nobody needs here
-    warnings.simplefilter("ignore")
     try:
         plan = plan_of(args)
         from plan_report import show
@@ -135,4 +142,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # torch's and Megatron's, about GPU libraries that nobody needs here
+    warnings.simplefilter("ignore")
     sys.exit(main())

@@ -87,23 +87,24 @@ class Step:
     micro_batch: int = 1
     rollout_batch: int = 64
     """Sequences decoded together on a replica."""
+    group_size: int = 4
+    """Responses to one prompt, which is read once for those that are decoded together."""
     payload: str = "hidden"
     topk: int = 64
-    head: str = "logits"
-    """logits, or fused: those of a chunk of tokens at a time."""
-    chunk: int = 4096
-    """Tokens of a chunk of the fused head."""
-    one_pass: bool = True
-    """The fused head makes gradients in forward and holds dW in fp32."""
+    head: str = "fused"
+    """fused: logits of a chunk of tokens at a time; logits: of a whole micro-batch. `HybridConfig.lm_head`."""
+    chunk: int | None = None
+    """Tokens of a chunk, `HybridConfig.lm_head_chunk_size`; None: the most that the trainer takes on a GPU."""
     dtype_bytes: int = 2
     """Of weights and activations: 2 bf16, 4 fp32."""
     distributed_optimizer: bool = True
     vocab_multiple: int = 128
     """Megatron's --make-vocab-size-divisible-by."""
-    gradient_norms: bool = False
-    """A step that measures the dense and sparse gradient norms."""
-    sequence_corrections: bool = False
-    """Importance weights of whole responses: one more number per token to be summed over context-parallel ranks."""
+    gradient_norms: bool = True
+    """A step that measures the dense and sparse gradient norms, as the first one and every tenth do."""
+    rollout_correction: str = "token_truncate"
+    """`HybridConfig.rollout_correction`."""
+    prefix_correction: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -153,6 +154,12 @@ class Plan:
     @property
     def shapes(self) -> tuple[Shape, ...]:
         return (self.student,) if self.teacher is None else (self.student, self.teacher)
+
+    @property
+    def head(self) -> str:
+        """How the loss is made: a teacher known in part has no logits, so it goes by whole logits of the student."""
+        by_topk = self.teacher is not None and self.step.payload == "topk"
+        return "logits" if by_topk else self.step.head
 
     @property
     def rows(self) -> int:

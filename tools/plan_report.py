@@ -3,6 +3,7 @@
 import sys
 
 import plan_bytes
+import plan_head
 import plan_megatron
 import plan_traffic
 from plan_bytes import human
@@ -31,6 +32,7 @@ def settings(plan: Plan) -> None:
         f"CP {layout.cp} DP {layout.dp}\n"
         f"{step.responses} responses of {step.response_tokens} tokens behind prompts of {step.prompt_tokens}; "
         f"{plan.num_microbatches} micro-batches of {step.micro_batch} on each replica"
+        + ("; gradient norms are measured" if plan_head.measures_norms(plan) else "")
     )
     for shape in plan.shapes:
         if layout.ends_count_as_layers(shape):
@@ -71,7 +73,7 @@ def traffic(title: str, messages: list[plan_traffic.Message]) -> None:
 def tokens(plan: Plan) -> None:
     """What one response token costs a rank of the last stage."""
     shown = Table("bytes of one response token", "", title="per token and rank")
-    one_token = plan_bytes.logits(plan, 1)
+    one_token = plan_head.logits(plan, 1)
     if plan.teacher is not None:
         shown.add_row(f"payload, {plan.step.payload}", human(plan_bytes.payload(plan, microbatches=1) / plan.tokens))
     shown.add_row("logits that the op reads", human(one_token))

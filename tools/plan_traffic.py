@@ -10,7 +10,8 @@ all-reduce moves about twice as many in a ring. All on the last pipeline stage, 
 import math
 from dataclasses import dataclass
 
-from plan_bytes import FP32, STAT_BYTES, parameters
+from plan_bytes import parameters
+from plan_head import FP32, STAT_BYTES, chunks, measures_norms, spans_responses
 from plan_model import Plan
 
 from megatron_hybrid.metrics import MAX_SLOTS, MEANINGS
@@ -38,56 +39,60 @@ class Message:
 def op(plan: Plan) -> list[Message]:
     """The op's one all-gather for each micro-batch, [n, 8] fp32 (top k: [n, 6] fp64); of the fused head for each chunk.
 
-    Where gradient norms are measured, once more with [n, 8] and [n, 3] (`ops/diagnostics.py`); never for top k.
+    Where gradient norms are measured, once more with [n, 8] and [n, 3] (`ops/diagnostics.py`).
     """
     if plan.layout.tp == 1:
         return []
     n, batches = plan.tokens, plan.num_microbatches
     topk = plan.teacher is not None and plan.step.payload == "topk"
     per_token = FP64 * TOPK_STATS if topk else STAT_BYTES
-    calls = _chunks(plan)
+    calls = len(chunks(plan))
     messages = [Message("op: statistics", "all_gather", "tp", batches * calls, batches * n * per_token)]
-    if plan.step.gradient_norms and not topk:
+    if measures_norms(plan):
         size = batches * n * (STAT_BYTES + NORM_SUMS * FP32)
-        messages.append(Message("gradient norms", "all_gather", "tp", 2 * batches, size))
+        messages.append(Message("gradient norms", "all_gather", "tp", 2 * batches * calls, size))
     return messages
 
 
 def fused_head(plan: Plan) -> list[Message]:
     """dh [r, h] of each chunk, summed over tp; of the logits' path Megatron's own head sends the same bytes in one."""
-    if plan.layout.tp == 1 or plan.step.head != "fused":
+    if plan.layout.tp == 1 or plan.head != "fused":
         return []
     size = plan.num_microbatches * plan.tokens * plan.student.hidden * plan.step.dtype_bytes
-    return [Message("fused head: dh", "all_reduce", "tp", plan.num_microbatches * _chunks(plan), size)]
+    return [Message("fused head: dh", "all_reduce", "tp", plan.num_microbatches * len(chunks(plan)), size)]
 
 
 def credit(plan: Plan) -> list[Message]:
-    """One table [k + 1, b, s] fp32 for each micro-batch (`returns/token_table.py`); k = 1, and 1 more where importance
-    weights are of whole responses."""
-    if plan.layout.cp == 1:
+    """One table [k + 1, b, s] fp32 for each micro-batch (`returns/token_table.py`): of costs where there is a teacher,
+    of log ratios where importance weights are of more than one token; none of neither."""
+    values = (plan.teacher is not None) + spans_responses(plan)
+    if plan.layout.cp == 1 or not values:
         return []
-    quantities = 2 + plan.step.sequence_corrections
-    size = FP32 * quantities * plan.step.micro_batch * plan.step.seq_length
+    size = FP32 * (values + 1) * plan.step.micro_batch * plan.step.seq_length
     batches = plan.num_microbatches
     return [Message("credit: tables of responses", "all_reduce", "cp", batches, batches * size)]
 
 
 def sampling(plan: Plan) -> list[Message]:
     """Per decoded token two small all-gathers of [2, b], fp32 and fp64, a broadcast of [b] ids, and the hidden states
-    [1, b, h] to the next stage (`rollouts/sampling.py`, `rollouts/generate.py`); the first step sends whole prompts.
+    [1, b, h] to the next stage (`rollouts/sampling.py`, `rollouts/generate.py`); the first step sends whole prompts,
+    each once. Stages agree once whether attention obeys masks (`mcore/kv_cache.py`).
 
     Of prompts of one length; responses that stop early send less.
     """
     layout, step = plan.layout, plan.step
-    waves, rows = math.ceil(plan.rows / step.rollout_batch), plan.rows
-    steps = waves * step.response_tokens
+    first_rows, rows = range(0, plan.rows, step.rollout_batch), plan.rows
+    last_rows = [min(first + step.rollout_batch, rows) - 1 for first in first_rows]
+    prompts = sum(b // step.group_size - a // step.group_size + 1 for a, b in zip(first_rows, last_rows, strict=True))
+    steps = len(first_rows) * step.response_tokens
     drawn = step.response_tokens * rows
     messages = []
     if layout.tp > 1:
         messages.append(Message("sampling: one token", "all_gather", "tp", 2 * steps, 2 * drawn * (FP32 + FP64)))
     if layout.pp > 1:
         messages.append(Message("sampling: drawn ids", "broadcast", "pp", steps, drawn * INT64))
-        positions = rows * (step.prompt_tokens + step.response_tokens - 1)
+        messages.append(Message("sampling: masks agreed upon", "all_reduce", "pp", 1, INT64))
+        positions = prompts * step.prompt_tokens + rows * (step.response_tokens - 1)
         size = positions * plan.student.hidden * step.dtype_bytes
         if layout.vpp > 1:  # the last chunk of the last rank has nobody behind it
             hops = layout.vpp - 1
@@ -96,7 +101,7 @@ def sampling(plan: Plan) -> list[Message]:
 
 
 def rewards(plan: Plan) -> list[Message]:
-    """Scored by one rank of a replica, [b] fp32 along cp and tp (`train/loop.py`)."""
+    """Scored by one rank of a replica, [b] fp32 along cp and tp (`train/scoring.py`)."""
     axes = [axis for axis in ("cp", "tp") if getattr(plan.layout, axis) > 1]
     return [Message("rewards", "broadcast", axis, 1, FP32 * plan.rows) for axis in axes]
 
@@ -143,7 +148,7 @@ def megatrons(plan: Plan) -> list[Message]:
         layers = layout.stage_layers(student)[1]
         moved = 2 * layers * plan.rows * (step.seq_length - 1) * student.hidden * size
         messages.append(Message("layers, sampling", "all_reduce", "tp", 2 * layers * steps, moved))
-        if step.head == "logits":
+        if plan.head == "logits":
             moved = plan.num_microbatches * plan.tokens * student.hidden * size
             messages.append(Message("head: dh", "all_reduce", "tp", plan.num_microbatches, moved))
     if layout.cp > 1:
@@ -157,7 +162,3 @@ def megatrons(plan: Plan) -> list[Message]:
         moved = layout.vpp * positions * student.hidden * size // share
         messages.append(Message("gradients of hidden states", "send", "pp", layout.vpp * plan.num_microbatches, moved))
     return messages
-
-
-def _chunks(plan: Plan) -> int:
-    return math.ceil(plan.tokens / plan.step.chunk) if plan.step.head == "fused" else 1

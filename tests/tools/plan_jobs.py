@@ -66,6 +66,7 @@ def step(
     overrides: dict[str, Any],
     payload: str = "hidden",
     gradient_norms: bool = False,
+    lm_head: dict[str, Any] | None = None,
     teacher_flags: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Bytes and calls of the online step's own parts, one after another as `train/loop.py` has them."""
@@ -93,7 +94,7 @@ def step(
             teacher = TopKTeacher(teacher, TOPK, VOCAB, 1.0, parallel.tp)
         with counted() as calls:
             rollouts, cache = _sampled(model, args, parallel)
-            batches = _learnt_from(model, args, parallel, rollouts, teacher, gradient_norms)
+            batches = _learnt_from(model, args, parallel, rollouts, teacher, gradient_norms, lm_head or {})
         optimizer.step()
         return {
             "is_last": parallel.is_last_stage,
@@ -113,55 +114,63 @@ def step(
 
 def _sampled(model: list[Any], args: Any, parallel: Any) -> tuple[Any, int]:
     """Responses that all run to the limit, and the bytes of the largest KV cache that they took."""
-    from megatron_hybrid.mcore.model import StaticInferenceContext
+    from megatron_hybrid.mcore.kv_cache import KVCache
     from megatron_hybrid.records import Prompt
     from megatron_hybrid.rollouts import generate
 
-    caches: list[Any] = []
+    sizes: list[int] = []
 
-    def cache(*sizes: int) -> Any:
-        caches.append(StaticInferenceContext(*sizes))
-        return caches[-1]
+    class Weighed(KVCache):
+        def select(self, rows: torch.Tensor) -> None:
+            super().select(rows)
+            sizes.append(_tensor_bytes(self.key_value_memory_dict))
 
     prompts = [Prompt(i, tuple(range(1, PROMPT + 1)), "", "task") for i in range(RESPONSES // parallel.dp.size // 2)]
     device, never = torch.device("cpu"), frozenset({VOCAB + 1})
     lengths = {"max_response_length": RESPONSE, "batch_size": DECODED}
-    with mock.patch.object(generate, "StaticInferenceContext", cache):
+    with mock.patch.object(generate, "KVCache", Weighed):
         sampler = generate.Sampler(parallel, device, VOCAB, never, str, **lengths)
         rollouts = sampler.sample(model, prompts, 2, step=0, seed=1)
     if args.fake_process_group:  # tokens that somebody else has drawn are none
         tokens, unknown = rollouts.tokens.remainder(VOCAB), torch.zeros_like(rollouts.sampled_logprobs)
         rollouts = dataclasses.replace(rollouts, tokens=tokens, sampled_logprobs=unknown)
-    return rollouts, max(_tensor_bytes(context.key_value_memory_dict) for context in caches)
+    return rollouts, max(sizes)
 
 
 def _learnt_from(
-    model: list[Any], args: Any, parallel: Any, rollouts: Any, teacher: Any, gradient_norms: bool
+    model: list[Any],
+    args: Any,
+    parallel: Any,
+    rollouts: Any,
+    teacher: Any,
+    gradient_norms: bool,
+    lm_head: dict[str, Any],
 ) -> list[Any]:
     """Rewards, teacher, schedule and metrics of a step; returns its micro-batches with what the teacher left."""
     from megatron_hybrid.config import HybridConfig
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
     from megatron_hybrid.schedule.layout import SequenceLayout
-    from megatron_hybrid.schedule.microbatch import microbatches
+    from megatron_hybrid.schedule.microbatch import credited, microbatches
     from megatron_hybrid.train.credit import Credit, Scored
-    from megatron_hybrid.train.loop import OnlineLoop
+    from megatron_hybrid.train.scoring import start_scoring
     from tests.distributed.gradient import run_schedule
 
-    settings = HybridConfig(group_size=2, cost_baseline="none")
+    settings = HybridConfig(group_size=2, **lm_head)
     forward = HybridForwardStep(settings)
     forward.gradient_norms = gradient_norms
     zeros = torch.zeros(len(rollouts.prompts))
-    rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=zeros))
-    OnlineLoop._score(SimpleNamespace(parallel=parallel, rubric=rubric), rollouts)  # type: ignore[arg-type]
+    rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=zeros), main_thread_only=False)
+    wait = start_scoring(rollouts, rubric, parallel)  # type: ignore[arg-type]
     scored = Scored(rollouts, zeros, zeros)
     batches = microbatches(
         rollouts,
         micro_batch_size=args.micro_batch_size,
         aggregation=settings.aggregation,
-        credit_for=Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics),
         layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
     )
     payloads = teacher.annotate(batches)
+    wait()
+    batches = credited(batches, Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics))
     batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
     run_schedule(model, forward, batches, parallel)
     if parallel.is_last_stage:
