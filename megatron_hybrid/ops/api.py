@@ -88,8 +88,8 @@ def vocab_parallel_hybrid_loss(
                          jsd, skewed_kl, skewed_reverse_kl  to a mixture of both, always finite; see `divergence.py`
     divergence_mix       their mixture, in (0, 1): GKD's beta, DistiLLM's alpha. Nearer to either end than 0.05 the
                          gradient may lose digits, see `mixtures.py`. The two KLs have none, but the number is checked
-    backend              "torch"; "compile", the same through torch.compile, about twice as fast on a CPU; or
-                         "triton", kernels for a GPU, the reverse KL only
+    backend              "torch"; "compile", C++ built at first use for fp32 and bf16 on a CPU and torch.compile
+                         elsewhere, several times as fast; or "triton", kernels for a GPU, the reverse KL only
 
     A target outside the vocabulary raises where the data is: at once on a CPU, at the next synchronisation on a GPU.
     The gradient is within 1e-5 of float64 (and its one rounding to the logits' type) from a KL of 1e-6 up, at unequal
