@@ -66,7 +66,7 @@ def step(
     overrides: dict[str, Any],
     payload: str = "hidden",
     gradient_norms: bool = False,
-    lm_head: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None,
     teacher_flags: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Bytes and calls of the online step's own parts, one after another as `train/loop.py` has them."""
@@ -94,10 +94,11 @@ def step(
             teacher = TopKTeacher(teacher, TOPK, VOCAB, 1.0, parallel.tp)
         with counted() as calls:
             rollouts, cache = _sampled(model, args, parallel)
-            batches = _learnt_from(model, args, parallel, rollouts, teacher, gradient_norms, lm_head or {})
+            batches, heads = _learnt_from(model, args, parallel, rollouts, teacher, gradient_norms, method or {})
         optimizer.step()
         return {
             "is_last": parallel.is_last_stage,
+            "heads": heads,
             "columns": args.padded_vocab_size // parallel.tp.size,
             "width": batches[0].student.tokens.shape[1] * parallel.cp.size,
             "tokens": [len(batch.targets) for batch in batches],
@@ -144,10 +145,14 @@ def _learnt_from(
     rollouts: Any,
     teacher: Any,
     gradient_norms: bool,
-    lm_head: dict[str, Any],
-) -> list[Any]:
-    """Rewards, teacher, schedule and metrics of a step; returns its micro-batches with what the teacher left."""
+    method: dict[str, Any],
+) -> tuple[list[Any], set[tuple[bool, int]]]:
+    """Rewards, teacher, credit, schedule and metrics of a step.
+
+    Returns its micro-batches with what the teacher left, and how the fused head took them: (one pass, chunk).
+    """
     from megatron_hybrid.config import HybridConfig
+    from megatron_hybrid.ops import lm_head
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
     from megatron_hybrid.schedule.layout import SequenceLayout
     from megatron_hybrid.schedule.microbatch import credited, microbatches
@@ -155,13 +160,12 @@ def _learnt_from(
     from megatron_hybrid.train.scoring import start_scoring
     from tests.distributed.gradient import run_schedule
 
-    settings = HybridConfig(group_size=2, **lm_head)
+    settings = HybridConfig(group_size=2, **method)
     forward = HybridForwardStep(settings)
     forward.gradient_norms = gradient_norms
     zeros = torch.zeros(len(rollouts.prompts))
-    rubric = SimpleNamespace(score=lambda rollouts: SimpleNamespace(rewards=zeros), main_thread_only=False)
-    wait = start_scoring(rollouts, rubric, parallel)  # type: ignore[arg-type]
-    scored = Scored(rollouts, zeros, zeros)
+    rubric: Any = SimpleNamespace(score=lambda _: SimpleNamespace(rewards=zeros), main_thread_only=True)
+    wait = start_scoring(rollouts, rubric, parallel)
     batches = microbatches(
         rollouts,
         micro_batch_size=args.micro_batch_size,
@@ -169,64 +173,16 @@ def _learnt_from(
         layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel),
     )
     payloads = teacher.annotate(batches)
-    wait()
-    batches = credited(batches, Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics))
     batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
-    run_schedule(model, forward, batches, parallel)
+    scored = Credit(settings, parallel).collected(Scored(rollouts, wait()))
+    if scored.advantages is not None:
+        credit_for = Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics)
+        batches = credited(batches, credit_for)
+    with mock.patch.object(lm_head, "HeadPlan", wraps=lm_head.HeadPlan) as plans:
+        run_schedule(model, forward, batches, parallel)
     if parallel.is_last_stage:
         forward.metrics.reduce(parallel.dp_cp.group)
-    return batches
-
-
-def fused_head(hidden_size: int, columns: int, tokens: int, chunk: int, one_pass: bool) -> Calls:
-    """Calls of one forward and backward of the fused head on the pool's group."""
-    from megatron_hybrid.ops.lm_head import linear_hybrid_loss
-
-    hidden, weight = (torch.randn(n, hidden_size).requires_grad_() for n in (tokens, columns))
-    teacher = torch.randn(tokens, 5), torch.randn(columns, 5)
-    target = torch.zeros(tokens, dtype=torch.long)
-    options = {"group": torch.distributed.group.WORLD, "chunk_size": chunk, "one_pass": one_pass}
-    with counted() as calls:
-        linear_hybrid_loss(hidden, weight, teacher, target, advantage=1.0, **options).loss.sum().backward()
-    return calls
-
-
-def op_peak(columns: int, tokens: int, dtype: torch.dtype, block: int) -> int:
-    """Peak of one forward and backward of the op in place on the pool's group, beside both logits."""
-    from megatron_hybrid.ops import eager
-    from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
-    from tests.memory import peak_bytes
-
-    student = torch.randn(tokens, columns).to(dtype).requires_grad_() * 1
-    teacher, target = torch.randn(tokens, columns).to(dtype), torch.zeros(tokens, dtype=torch.long)
-    options: Any = {"group": torch.distributed.group.WORLD, "inplace": True, "ignore_index": None}
-
-    def run() -> None:
-        out = vocab_parallel_hybrid_loss(student, teacher, target, advantage=1.0, **options)
-        torch.autograd.grad(out.loss.sum(), student)
-
-    with mock.patch.dict(eager._BLOCK_ELEMENTS, {"cpu": block}):
-        return peak_bytes(run)
-
-
-def fused_peak(hidden_size: int, columns: int, tokens: int, chunk: int, one_pass: bool, block: int) -> int:
-    """Peak of one forward and backward of the fused head in fp32, with Megatron's place for dW, beside its inputs."""
-    from megatron_hybrid.ops import eager
-    from megatron_hybrid.ops.lm_head import linear_hybrid_loss
-    from tests.memory import peak_bytes
-
-    hidden, weight = (torch.randn(n, hidden_size).requires_grad_() for n in (tokens, columns))
-    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(columns, hidden_size), False  # type: ignore[attr-defined]
-    teacher = torch.randn(tokens, 5), torch.randn(columns, 5)
-    options: Any = {"chunk_size": chunk, "one_pass": one_pass, "ignore_index": None}
-    target = torch.zeros(tokens, dtype=torch.long)
-
-    def run() -> None:
-        loss = linear_hybrid_loss(hidden, weight, teacher, target, advantage=1.0, **options).loss
-        torch.autograd.grad(loss.sum(), hidden)
-
-    with mock.patch.dict(eager._BLOCK_ELEMENTS, {"cpu": block}):
-        return peak_bytes(run)
+    return batches, {(call.kwargs["one_pass"], call.kwargs["chunk_size"]) for call in plans.call_args_list}
 
 
 def _parameters(model: list[Any]) -> int:
