@@ -104,7 +104,7 @@ def read_call(
         teacher_scale=1 / teacher_temperature,
         teacher_floor=teacher_logit_floor,
     )
-    flat, rows = target.reshape(-1).long(), None
+    flat, rows = target.reshape(-1).long().contiguous(), None  # backends read it by its address
     if ignore_index is not None:
         kept = (flat != ignore_index).nonzero().squeeze(1)
         if len(kept) < len(flat):
