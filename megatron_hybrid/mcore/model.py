@@ -29,7 +29,6 @@ from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.parallel import ParallelContext
 
 __all__ = [
-    "StaticInferenceContext",
     "forward_replaced",
     "head_logits",
     "last_position_logits",

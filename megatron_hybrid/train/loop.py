@@ -221,15 +221,16 @@ class OnlineLoop:
         if collection is None:
             with self._clock.stage("rollout"):
                 collection = Scored(self._sample(call, num_rows))
-            wait = start_scoring(collection.rollouts, self.rubric, self.parallel)
+            with self._clock.stage("reward"):  # all of it, where the rubric is bound to this thread
+                wait = start_scoring(collection.rollouts, self.rubric, self.parallel)
         rows = list(range(num_rows)) if call.forward_only else self._rows_of_step(num_rows)
-        batches = microbatches(
-            collection.rollouts.take(rows),
-            micro_batch_size=int(call.kwargs["micro_batch_size"]),
-            aggregation=self.config.aggregation,
-            layout=self.layout,
-        )
         with self._clock.stage("teacher"):
+            batches = microbatches(
+                collection.rollouts.take(rows),
+                micro_batch_size=int(call.kwargs["micro_batch_size"]),
+                aggregation=self.config.aggregation,
+                layout=self.layout,
+            )
             batches = self._annotate(batches)
         if wait is not None:
             with self._clock.stage("reward"):
@@ -242,6 +243,7 @@ class OnlineLoop:
                 self._measure_rollouts(learns_from.rollouts, learns_from.rewards)
             if learns_from.advantages is not None:
                 step, metrics = int(self.args.curr_iteration), self.forward_step.metrics
+                metrics.max("training/policy_age", step - learns_from.rollouts.policy_version)
                 batches = credited(batches, self.credit.credit_for(learns_from, step=step, metrics=metrics))
         self._collected = learns_from, batches
         return batches
@@ -279,10 +281,8 @@ class OnlineLoop:
         )
 
     def _measure_rollouts(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
-        metrics, step = self.forward_step.metrics, int(self.args.curr_iteration)
-        metrics.max("training/policy_age", step - rollouts.policy_version)
         measure_rollouts(
-            metrics,
+            self.forward_step.metrics,
             rollouts,
             rewards,
             reward_weight=self.config.at(self._step).reward_weight,
@@ -323,7 +323,7 @@ class _Clock:
         with record_function(f"hybrid/{name}"):
             yield
         self._last = time.perf_counter()
-        self.laps[name] = self._last - started
+        self.laps[name] = self.laps.get(name, 0.0) + self._last - started
 
     def rest(self, name: str) -> None:
         """What has passed since the last stage."""
