@@ -7,7 +7,7 @@ Prompt and padding positions never meet the LM head. `pipeline_forward` is the p
 pipeline.
 
 Collectives over tp: under sequence parallelism one all-gather of hidden states; in backward the head's own all-reduce
-of [n, h]. Over pp: the sends of `pipeline_forward`.
+of [n, h], or a reduce-scatter of all positions (`whole_hidden`). Over pp: the sends of `pipeline_forward`.
 """
 
 from __future__ import annotations

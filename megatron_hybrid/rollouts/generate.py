@@ -9,7 +9,8 @@ the shorter prompts up would cost more than a batch of its own. What is drawn de
 Sequence and context parallelism are off meanwhile (`mcore/unsliced.py`): each context-parallel rank decodes the same
 responses by itself.
 
-Collectives per token: two small all-gathers over tp (sampling), one broadcast of [b] over pp.
+Collectives per token: two small all-gathers over tp (sampling), one broadcast of [b] over pp. Once per call: one
+all-reduce of a number over pp (`honours_masks`).
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Sampler:
         return Wave(
             requests,
             max_response_length=self.max_response_length,
-            stop_ids=sorted(self.stop_ids),
+            stop_ids=tuple(self.stop_ids),
             aligned=aligned,
             step=step,
             seed=seed,

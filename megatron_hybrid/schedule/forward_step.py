@@ -4,8 +4,8 @@ On the last stage, per micro-batch:  hidden [s, b, h] -> rows that predict a res
 (`response_loss.py`): loss [n] -> (sum, count, report). Megatron divides the summed gradient by the summed count
 (`--calculate-per-token-loss`), which makes the normaliser global.
 
-Collectives: those of the loss; as many of the op's and one more in micro-batches whose gradient norms are measured;
-those of the credit under context parallelism.
+Collectives: those of the loss; where gradient norms are measured, two more for each chunk of tokens (three with another
+divergence); those of the credit under context parallelism.
 """
 
 from __future__ import annotations
@@ -121,17 +121,25 @@ class HybridForwardStep:
             return head_logits(hidden[rows], output_layer, output_weight, scale_logits)
 
         result = loss.from_logits(logits_of(ALL_ROWS)) if head is None else loss.fused(hidden, head)
-        self._measure(batch, result, *loss.used_weights())
+        weights = loss.used_weights()
+        self._measure(batch, result, *weights)
         if self.gradient_norms and not isinstance(batch.teacher, TopKPayload):
-            self._measure_gradients(loss, logits_of, len(hidden) if head is None else loss.chunk_size(head.weight))
+            chunk_size = len(hidden) if head is None else loss.chunk_size(head.weight)
+            self._measure_gradients(loss, weights, logits_of, chunk_size)
         return result.loss
 
     @torch.no_grad()
-    def _measure_gradients(self, loss: ResponseLoss, logits_of: Callable[[slice], Tensor], chunk_size: int) -> None:
+    def _measure_gradients(
+        self,
+        loss: ResponseLoss,
+        weights: tuple[Tensor, Tensor],
+        logits_of: Callable[[slice], Tensor],
+        chunk_size: int,
+    ) -> None:
         """As the loss's own gradient they need all logits: made once more, `chunk_size` tokens at a time."""
         for start in range(0, max(len(loss.batch.targets), 1), max(chunk_size, 1)):
             rows = slice(start, start + chunk_size)
-            dense, sparse = loss.gradient_norms(logits_of(rows), rows)
+            dense, sparse = loss.gradient_norms(logits_of(rows), rows, *weights)
             self.metrics.mean("actor/grad_norm_dense", dense)
             self.metrics.mean("actor/grad_norm_sparse", sparse)
 

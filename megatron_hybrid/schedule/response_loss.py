@@ -5,13 +5,15 @@
 fused   logits of a chunk of tokens at a time; in one pass where credit can be asked from the last tokens to the first
 logits  all [n, v/tp] at once: the reference; and where the head is no plain product, or the teacher known in part
 
-Collectives over tp: the op's, per chunk; in backward (one pass: forward) the all-reduce of dh [n, h].
+Collectives over tp: the op's, per chunk; in backward (one pass: forward) the all-reduce of dh [n, h]; on a GPU, where
+the chunk size is not set, one all-gather of 8 bytes in the first call, to agree on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,9 +115,13 @@ class ResponseLoss:
         imitation, advantage = (torch.cat(parts) for parts in zip(*reversed(self.weights), strict=True))
         return imitation, advantage
 
-    def gradient_norms(self, student: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Squared norms of the dense and the sparse gradient of some tokens, from their logits [r, v/tp]."""
-        imitation, advantage = self.used_weights()
+    def gradient_norms(
+        self, student: Tensor, rows: slice, imitation: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Squared norms of the dense and the sparse gradient of some tokens, from their logits [r, v/tp].
+
+        imitation, advantage  [n], as `used_weights` gives them
+        """
         teacher = None if self._teacher is None else self._teacher.logits(rows)
         return logit_gradient_norms(
             student, teacher, self.batch.targets[rows], imitation[rows], advantage[rows], **self._options
@@ -127,14 +133,14 @@ class ResponseLoss:
         return self.batch.teacher
 
     def _weigh(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
-        return self._scaled(lambda stats, rows: self.batch.weigh(stats), stats, ALL_ROWS)
+        return self._scaled(partial(self.batch.weigh, stats), ALL_ROWS)
 
     def _from(self, reverse: ReverseWeigh) -> ReverseWeigh:
-        return lambda stats, rows: self._scaled(reverse, stats, rows)
+        return lambda stats, rows: self._scaled(partial(reverse, stats, rows), rows)
 
-    def _scaled(self, weigh: Callable[..., Any], stats: TokenStats, rows: Any) -> tuple[Tensor, Tensor]:
+    def _scaled(self, credit: Callable[[], tuple[Any, Any]], rows: Any) -> tuple[Tensor, Tensor]:
         with record_function("hybrid/credit"):
-            imitation, advantage = weigh(stats, rows)
+            imitation, advantage = credit()
         self.weights.append((imitation, advantage))
         scale = self.batch.token_scale[rows]
         return imitation * scale, advantage * scale

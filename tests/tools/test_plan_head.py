@@ -86,7 +86,7 @@ def head_peak(hidden_size: int, columns: int, tokens: int, block: int, *, norms:
         fused = config.lm_head == "fused"
         made = (loss.fused(hidden, head) if fused else loss.from_logits(logits_of(slice(None)))).loss
         if norms:
-            step._measure_gradients(loss, logits_of, loss.chunk_size(weight) if fused else tokens)
+            step._measure_gradients(loss, loss.used_weights(), logits_of, loss.chunk_size(weight) if fused else tokens)
         torch.autograd.grad(made.sum(), hidden)
 
     with mock.patch.dict(eager._BLOCK_ELEMENTS, {"cpu": block}):

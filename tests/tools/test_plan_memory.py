@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -184,14 +183,6 @@ def test_the_head_is_taken_as_planned(measured: Measured):
     (taken,) = {tuple(rank["heads"]) for rank in ranks if rank["is_last"]}
     limit = plan.step.chunk or 512  # the trainer's own, on a CPU
     assert taken == (() if plan.head == "logits" else ((plan_head.one_pass(plan), limit),))
-
-
-def test_help_loads_no_torch():
-    start = f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
-    code = f"import runpy, sys\nsys.argv = ['plan_memory.py', '--help']\ntry: {start}\nexcept SystemExit: pass\n"
-    code += "print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "--teacher-load" in shown and shown.endswith("False\n")
 
 
 def test_a_large_job_is_planned_in_tables(monkeypatch, capsys):
