@@ -36,7 +36,7 @@ setup(
     # megatron-core 0.19 supports 3.12 and later; torch and Megatron are tested with 3.12 only.
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["megatron_hybrid", "megatron_hybrid.*"]),
-    package_data={"megatron_hybrid": ["py.typed", "README.md", "*/README.md", "ops/native.cpp"]},
+    package_data={"megatron_hybrid": ["py.typed", "README.md", "*/README.md", "ops/*.cpp", "ops/*.h"]},
     install_requires=[
         "matplotlib",
         "megatron-core",

@@ -5,9 +5,9 @@ call.py         one call as the passes see it: flat tensors, counted rows, this 
 function.py     what all backends share: one all-gather, the merge of the shards, the autograd function
 eager.py        the two passes over a shard in plain torch, row block by row block
 triton_op.py    the two passes by triton_kernels.py, which is imported only when chosen
-compiled.py     the same through torch.compile; the torch backend where it cannot compile
+compiled.py     the same by native.py, C++ for a CPU, or torch.compile; the torch backend where neither compiles
 divergence.py   the other divergences by name: KLs to a mixture of student and teacher
-mixtures.py     their two passes over a shard
+mixtures.py     their two passes over a shard; triton_mixtures.py, compiled_mixtures.py and native_mixtures.py as above
 topk.py         the loss against a teacher's k likeliest tokens, all others one bucket
 topk_passes.py  its two passes over a shard, and the merge
 lm_head.py      the loss from hidden states: LM heads fused in, logits of a chunk of tokens at a time

@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops import compiled, eager, mixtures, triton_op
+from megatron_hybrid.ops import compiled, compiled_mixtures, eager, mixtures, triton_mixtures, triton_op
 from megatron_hybrid.ops.call import read_call
-from megatron_hybrid.ops.divergence import Mixture, mixture_of
+from megatron_hybrid.ops.divergence import mixture_of
 from megatron_hybrid.ops.function import Backend, HybridLossFunction, MixturePasses, Passes, Plan
 from megatron_hybrid.parallel import Group
 from megatron_hybrid.records import TokenStats, Weigh
 
-BACKENDS: dict[str, Backend] = {"torch": eager, "compile": compiled, "triton": triton_op}
-MIXTURE_PASSES: dict[str, MixturePasses] = {"torch": mixtures, "compile": mixtures}
-"""Divergences other than the reverse KL, by backend; a backend that is missing here declines them."""
+BACKENDS: dict[str, tuple[Backend, MixturePasses]] = {
+    "torch": (eager, mixtures),
+    "compile": (compiled, compiled_mixtures),
+    "triton": (triton_op, triton_mixtures),
+}
+"""Who computes the reverse KL, and who the other divergences."""
 
 
 class HybridLoss(NamedTuple):
@@ -89,7 +92,7 @@ def vocab_parallel_hybrid_loss(
     divergence_mix       their mixture, in (0, 1): GKD's beta, DistiLLM's alpha. Nearer to either end than 0.05 the
                          gradient may lose digits, see `mixtures.py`. The two KLs have none, but the number is checked
     backend              "torch"; "compile", C++ built at first use for fp32 and bf16 on a CPU and torch.compile
-                         elsewhere, several times as fast; or "triton", kernels for a GPU, the reverse KL only
+                         elsewhere, several times as fast; or "triton", kernels for a GPU
 
     A target outside the vocabulary raises where the data is: at once on a CPU, at the next synchronisation on a GPU.
     The gradient is within 1e-5 of float64 (and its one rounding to the logits' type) from a KL of 1e-6 up, at unequal
@@ -101,9 +104,7 @@ def vocab_parallel_hybrid_loss(
             cannot have.
         RuntimeError: a target outside the vocabulary.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
-    mixture = choose_mixture(divergence, divergence_mix, backend)
+    passes = passes_of(backend, divergence, divergence_mix)
     weights = weights_of(target, imitation_weight, advantage, weigh)
     call = read_call(
         student_logits,
@@ -119,21 +120,21 @@ def vocab_parallel_hybrid_loss(
     if inplace:
         check_inplace(student_logits)
     teacher = None if teacher_logits is None else teacher_logits.detach()
-    plan = Plan(call, Passes(BACKENDS[backend], mixture), weights, inplace)
+    plan = Plan(call, passes, weights, inplace)
     return HybridLoss(*HybridLossFunction.apply(student_logits, teacher, plan))
 
 
-def choose_mixture(divergence: str, divergence_mix: float, backend: str) -> tuple[Mixture, MixturePasses] | None:
-    """The divergence and the passes that compute it; None for the reverse KL, which every backend has."""
+def passes_of(backend: str, divergence: str, divergence_mix: float) -> Passes:
+    """The two passes over a shard.
+
+    Raises:
+        ConfigError: another backend, another divergence, a mix out of its range.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+    of_reverse_kl, of_mixtures = BACKENDS[backend]
     mixture = mixture_of(divergence, divergence_mix)
-    if mixture is None:
-        return None
-    if backend not in MIXTURE_PASSES:
-        raise ConfigError(
-            f"backend {backend!r} computes the reverse KL only, got divergence {divergence!r}: the others need "
-            f"passes of their own. Use backend {' or '.join(map(repr, MIXTURE_PASSES))}, or divergence 'reverse_kl'."
-        )
-    return mixture, MIXTURE_PASSES[backend]
+    return Passes(of_reverse_kl, None if mixture is None else (mixture, of_mixtures))
 
 
 def weights_of(

@@ -56,6 +56,14 @@ class Call:
         full = values.new_zeros(self.shape.numel())
         return full.index_copy_(0, self.rows, values).view(self.shape)
 
+    def positions(self, num_rows: int) -> Tensor | None:
+        """[num_rows] int32: which of the counted rows each row of the logits is, -1 for none; None where all count."""
+        if self.rows is None:
+            return None
+        positions = torch.full((num_rows,), -1, dtype=torch.int32, device=self.rows.device)
+        counted = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
+        return positions.index_copy_(0, self.rows, counted)
+
     def owned(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Column of each target of rows [start:stop] on this rank (clamped), and whether it lies here; [r] each."""
         local = self.target[start:stop] - self.shard.first

@@ -14,7 +14,7 @@ A variant is compiled once for each pair of logit types, with and without paddin
 a few rows. No two of its sizes are equal, so that nothing about sizes is assumed: any number of rows and columns, any
 temperature and floor run the same code. torch compiles for the number of threads it finds, and again should that
 change. Where it cannot (no C++ compiler on a CPU, no Triton on a GPU) the torch backend runs, and the log says why.
-Not here: other divergences than the reverse KL. They run the torch backend's passes.
+Not here: other divergences than the reverse KL, `compiled_mixtures.py`.
 """
 
 import functools

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops.api import BACKENDS, HybridLoss, as_weight, choose_mixture, weights_of
+from megatron_hybrid.ops.api import HybridLoss, as_weight, passes_of, weights_of
 from megatron_hybrid.ops.call import Call, read_call
-from megatron_hybrid.ops.function import Passes
 from megatron_hybrid.ops.lm_head_chunks import Chunk, Head, default_chunk_size
 from megatron_hybrid.ops.lm_head_function import HeadPlan, LinearHybridLossFunction, Weights
 from megatron_hybrid.parallel import Group
@@ -83,9 +82,7 @@ def linear_hybrid_loss(
     Everything else as `vocab_parallel_hybrid_loss`. Under `torch.no_grad` each chunk is computed once.
     """
     _check_head(hidden, weight, teacher, target, chunk_size, logit_scale, logit_softcap)
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
-    passes = Passes(BACKENDS[backend], choose_mixture(divergence, divergence_mix, backend))
+    passes = passes_of(backend, divergence, divergence_mix)
     # Read with logits that take no memory: shapes, dtypes and devices are all that is looked at.
     student = weight.new_empty(()).expand(*target.shape, len(weight))
     call = read_call(

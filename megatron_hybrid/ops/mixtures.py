@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.ops import eager
-from megatron_hybrid.ops.call import Call
+from megatron_hybrid.ops.call import Call, Shard
 from megatron_hybrid.ops.divergence import Mixture
 
 NUM_COLUMN_NUMBERS = 5
@@ -36,7 +36,7 @@ NUM_COLUMN_NUMBERS = 5
 
 _LAST_BIT = 2.0**-24
 """The least that 1 + h can be without being 0: e^u is half of it there, and p too small for log(m/p) to matter."""
-_SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def shard_sums(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture, numbers: Tensor) -> Tensor:
@@ -45,7 +45,6 @@ def shard_sums(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture, n
     numbers  [n, 5] fp32, as `NUM_COLUMN_NUMBERS` says
     """
     sums = torch.zeros((len(call.target), 2), dtype=torch.float32, device=student.device)
-    forbidden = -eager.FAR / 2 * min(1.0, call.shard.student_scale)  # the stand-in of -inf is divided by T, too
     blocks = eager.row_blocks(len(call.target), call.shard.width, student)
     buffers = eager.block_buffers(num_buffers(mixture) + 1, blocks, call.shard.width, student)
     for start, stop in blocks:
@@ -56,7 +55,7 @@ def shard_sums(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture, n
         torch.add(p, q, out=terms).mul_(h).mul_(mixture.slope)
         if mixture.teacher_term:
             if mixture.teacher_share == 0:
-                log_m_over_q = u.masked_fill_((u <= forbidden) & (q > 0), -torch.inf)
+                log_m_over_q = u.masked_fill_((u <= forbidden(call.shard)) & (q > 0), -torch.inf)
             else:
                 log_m_over_q = log_of_mixture(h.neg_(), mixture.student_share, mixture.teacher_share, spare)
                 h.neg_()
@@ -86,6 +85,11 @@ def shard_gradient(
         )
         eager.write_block(slope.addcmul_(p, mean, value=-1).mul_(a).addcmul_(p, c), c, call, start, stop, out)
     eager.clear_uncounted(call, out)
+
+
+def forbidden(shard: Shard) -> float:
+    """u at or below this is that of a student's -inf, whose stand-in is divided by T like any logit."""
+    return -eager.FAR / 2 * min(1.0, shard.student_scale)
 
 
 def num_buffers(mixture: Mixture) -> int:
@@ -124,7 +128,7 @@ def weighted_slope(p: Tensor, q: Tensor, h: Tensor, mixture: Mixture, spare: lis
     difference = torch.add(p, q, out=spare[0]).mul_(h)
     if mixture.teacher_share == 0:
         return difference  # m is p: p g stays finite where g does not
-    m = q.mul_(mixture.teacher_share).add_(p, alpha=mixture.student_share).clamp_(min=_SMALLEST)  # 0 where p and q are
+    m = q.mul_(mixture.teacher_share).add_(p, alpha=mixture.student_share).clamp_(min=SMALLEST)  # 0 where p and q are
     slope = difference.div_(m).mul_(mixture.slope * mixture.student_share)
     if mixture.student_term:
         log_m_over_p = log_of_mixture(h, mixture.teacher_share, mixture.student_share, [*spare[1:3], q])

@@ -1,96 +1,17 @@
-// The two passes of `eager.py` over fp32 or bf16 logits on a CPU; `native.py` builds and calls them.
+// The two passes of `eager.py`; `native.py` builds and calls them.
 //
 //   stats     m_z, s_z, m_w, s_w, A, B, z_y, w_y of each counted row: an online softmax, each shard read once
 //   gradient  e (a (d - k) + b) - c onehot(y) of every row: each shard read once, the output written once
 //
-// A thread takes rows, and sums a row in chunks that stay in the first-level cache between their maxima and their sums.
-// The loops are plain C++ that compilers turn into vectors of any width: no intrinsics, no headers of torch, built in
-// about a second. Sums are fp32 within a chunk and float64 across; the gradient is rounded once, into the logits' type.
-//
 // d is (z - c_z) - (w - c_w), with c as `eager._difference` chooses it, for the maxima so far: see `triton_kernels.py`.
-// Comparisons are written so that a NaN passes through; nothing where e is 0, whatever it multiplies.
-// Not here: shapes, strides other than those of rows, other types, other divergences.
+// Nothing where e is 0, whatever it multiplies.
+// Not here: other divergences, `native_mixtures.cpp`.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <thread>
-#include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "native.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 2048;  // columns, read twice: 16 KB of fp32 from both shards, half of a first-level cache
-constexpr float LOWEST = std::numeric_limits<float>::lowest(), FAR = 1e20f;  // as in `eager.py`, as the next two
-constexpr float STEPS = 1024, MOST_SHIFT = 1 << 20;
 constexpr int NUM_STATS = 8, NUM_COEFFICIENTS = 6;
-
-struct BFloat16 {
-  uint16_t bits;
-
-  void operator=(float value) {  // not a constructor: compilers make no vectors of copies of a struct
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    const uint32_t rounded = wide + 0x7fff + ((wide >> 16) & 1);         // to nearest, ties to even
-    bits = value != value ? 0x7fc0 : static_cast<uint16_t>(rounded >> 16);  // a NaN must not become an infinity
-  }
-
-  operator float() const {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-};
-
-// 2^t for t in [LEAST_POWER, 0], within 2e-7; exactly 1 at 0 and exactly 0 from -126.5 down.
-constexpr float LEAST_POWER = -127, LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
-
-inline float power_of_two(float t) {
-  constexpr float shift = 12582912 + 127;  // its last bit is 1: a sum is rounded to the next integer, biased by 127
-  const float shifted = t + shift, f = t - (shifted - shift);  // |f| <= 1/2
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits <<= 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  float p = 0.00132647242f * f + 0.00967151324f;
-  p = p * f + 0.0555073376f;
-  p = p * f + 0.240222421f;
-  p = p * f + 0.693146978f;
-  return power * (p * f + 1);
-}
-
-// t in the range of `power_of_two`; a NaN stays.
-inline float bounded(float t) { return t < LEAST_POWER ? LEAST_POWER : t; }
-
-inline float exponential(float x) { return power_of_two(bounded(x * LOG2_E)); }
-
-// What is taken off z and w before their difference: `eager._difference`.
-struct Origin {
-  float c_z, c_w;
-
-  Origin(float m_z, float m_w, float ratio) : c_z(m_z), c_w(m_w) {
-    if (ratio != 1) return;
-    const float shift = std::min(std::max(m_z - m_w, -MOST_SHIFT), MOST_SHIFT);
-    const float step = std::nearbyint(shift * STEPS) / STEPS;
-    const bool student_is_farther = std::abs(m_z) >= std::abs(m_w);
-    c_z = student_is_farther ? step : 0;
-    c_w = student_is_farther ? 0 : -step;
-  }
-
-  // d about (z, w), less d about this origin.
-  double difference(float z, float w, float ratio) const { return (double(z) - c_z) - (double(w) - c_w) * ratio; }
-};
-
-struct Scales {
-  float student, teacher, ratio, floor;  // 1 / temperature of each, the second over the first, the teacher's floor
-};
 
 // One row's statistics so far, A about the origin and without the student's scale.
 template <typename T, bool TEACHER>
@@ -141,12 +62,6 @@ struct Row {
     s_w *= exponential((m_w - top_w) * scales.teacher);
     m_z = top_z, m_w = top_w;
   }
-};
-
-// The logits of one row, and what it means there.
-struct Place {
-  const void *student, *teacher;
-  int64_t own, width;  // column of the target, which may lie elsewhere; columns below the vocabulary's end
 };
 
 template <typename T, bool TEACHER>
@@ -202,38 +117,9 @@ void gradient_of_row(const Place& row, const Scales& scales, const float* coeffi
   if (here) out[row.own] = at_target;
 }
 
-// Asks for large pages of memory that is about to be written: mapping a new gradient by pages of 4 KB takes longer than
-// computing it. Where they are refused, or are what every process gets, nothing changes.
-void ask_for_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t size = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + size - 1) / size * size;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / size * size;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// body(first, last) on each of `threads` shares of n rows. Threads of its own: whichever OpenMP torch has loaded, a
-// second one would keep a second set of threads spinning beside it.
-template <typename Body>
-void share_rows(int64_t n, int64_t threads, Body body) {
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; t++) others.emplace_back(body, n * t / threads, n * (t + 1) / threads);
-  body(0, n / threads);
-  for (auto& other : others) other.join();
-}
-
 }  // namespace
 
 extern "C" {
-
-// [rows, v/tp] of fp32 or, with `bytes` 2, of bf16; `stride` bytes from row to row. No data: no teacher.
-struct Logits {
-  char* data;
-  int64_t stride, bytes;
-
-  char* row(int64_t i) const { return data ? data + i * stride : nullptr; }
-};
 
 // stats [n, 8] of the counted rows; rows [n] of the logits, none: all of them, in order. target [n] are global ids.
 void stats(const Logits* student, const Logits* teacher, const int64_t* target, const int64_t* rows, int64_t n,
@@ -249,24 +135,14 @@ void stats(const Logits* student, const Logits* teacher, const int64_t* target, 
   });
 }
 
-// out [num_rows, columns], which may be the student; position [num_rows]: which counted row each is, -1 for none, or
-// none: all of them, in order. coefficients [n, 6]: m_z, m_w, k, a, b, c.
-void gradient(const Logits* student, const Logits* teacher, const Logits* out, const int64_t* target,
-              const int64_t* position, int64_t num_rows, int64_t columns, int64_t first, int64_t width,
-              const Scales* scales, const float* coefficients, int64_t threads) {
-  const int64_t bytes = student->bytes;
-  const auto of_row = bytes == 2      ? teacher->data ? gradient_of_row<BFloat16, true> : gradient_of_row<BFloat16, false>
-                      : teacher->data ? gradient_of_row<float, true>
-                                      : gradient_of_row<float, false>;
-  if (out->data != student->data) ask_for_large_pages(out->data, (num_rows - 1) * out->stride + columns * bytes);
-  share_rows(num_rows, threads, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t i = position ? position[row] : row, written = i < 0 ? 0 : width;
-      if (written > 0)
-        of_row({student->row(row), teacher->row(row), target[i] - first, width}, *scales,
-               coefficients + i * NUM_COEFFICIENTS, out->row(row));
-      std::memset(out->row(row) + written * bytes, 0, (columns - written) * bytes);
-    }
+// coefficients [n, 6]: m_z, m_w, k, a, b, c of each counted row.
+void gradient(const Rows* rows, const Scales* scales, const float* coefficients, int64_t threads) {
+  const bool teacher = rows->teacher->data;
+  const auto of_row = rows->student->bytes == 2 ? teacher ? gradient_of_row<BFloat16, true> : gradient_of_row<BFloat16, false>
+                      : teacher                 ? gradient_of_row<float, true>
+                                                : gradient_of_row<float, false>;
+  rows->write(threads, [=](const Place& row, int64_t i, void* out) {
+    of_row(row, *scales, coefficients + i * NUM_COEFFICIENTS, out);
   });
 }
 }

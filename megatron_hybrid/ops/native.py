@@ -5,10 +5,10 @@
 
 Memory: [n, 8] and [rows] numbers beside the output. No collective.
 
-Built when first asked for, in about a second, for the processor it will run on, and loaded from a folder that is gone
+Built when first asked for, in some seconds, for the processor it will run on, and loaded from a folder that is gone
 again: nothing is kept that another machine with the same home could load. Where that fails `serves` is False from then
 on, and the log says why.
-Not here: other types, other devices, other divergences.
+Not here: other types, other devices. The other divergences: `native_mixtures.py`.
 """
 
 import ctypes
@@ -28,10 +28,10 @@ from megatron_hybrid.ops.eager import NUM_STATS
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_mixtures.cpp")]
 _VECTORS = ["-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 """The last two take back promises, about errno and traps, that keep loops from vectors; they change no result."""
-_OPTIONS = ["-std=c++17", *_VECTORS, "-pthread", "-shared", "-fPIC"]
+OPTIONS = ["-std=c++17", *_VECTORS, "-pthread", "-shared", "-fPIC"]
 _ELEMENTS_PER_THREAD = 1 << 15
 """At least, of one shard: about 50 us of work, where starting a thread takes about 20."""
 
@@ -44,6 +44,14 @@ class _Scales(ctypes.Structure):
     _fields_ = [(name, ctypes.c_float) for name in ("student", "teacher", "ratio", "floor")]
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.POINTER(_Logits)) for name in ("student", "teacher", "out")),
+        *((name, ctypes.c_void_p) for name in ("target", "position")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "columns", "first", "width")),
+    ]
+
+
 def serves(student: Tensor, teacher: Tensor | None) -> bool:
     """Whether these logits are read here: adjacent columns of fp32 or bf16 on a CPU, with a compiler at hand."""
     both = [student] if teacher is None else [student, teacher]
@@ -51,94 +59,93 @@ def serves(student: Tensor, teacher: Tensor | None) -> bool:
         student.device.type == "cpu"
         and student.dtype in (torch.float32, torch.bfloat16)
         and all(x.dtype == student.dtype and (x.stride(1) == 1 or x.shape[1] == 1) for x in both)
-        and _library() is not None
+        and _build() is not None
     )
 
 
 def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
     """As `eager.shard_stats`: [n, 8] fp32."""
-    library, n, width = _library(), len(call.target), call.shard.width
-    assert library is not None
+    n, width = len(call.target), call.shard.width
     stats = torch.empty((n, NUM_STATS), dtype=torch.float32)
-    library.stats(
-        _logits(student),
-        _logits(teacher),
-        _pointer(call.target),
-        _pointer(call.rows),
+    library().stats(
+        logits_of(student),
+        logits_of(teacher),
+        pointer(call.target),
+        pointer(call.rows),
         n,
         call.shard.first,
         width,
-        _scales(call),
-        _pointer(stats),
-        _threads(n, width),
+        scales_of(call),
+        pointer(stats),
+        num_threads(n, width),
     )
     return stats
 
 
 def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coefficients: Tensor, out: Tensor) -> None:
     """As `eager.shard_gradient`: fills `out`, which may be the student logits."""
-    library, (num_rows, num_columns), position = _library(), out.shape, None
-    assert library is not None
-    if call.rows is not None:
-        position = torch.full((num_rows,), -1)
-        position[call.rows] = torch.arange(len(call.rows))
-    coefficients = coefficients.contiguous()
-    library.gradient(
-        _logits(student),
-        _logits(teacher),
-        _logits(out),
-        _pointer(call.target),
-        _pointer(position),
-        num_rows,
-        num_columns,
-        call.shard.first,
-        call.shard.width,
-        _scales(call),
-        _pointer(coefficients),
-        _threads(num_rows, num_columns),
-    )
+    coefficients, positions = coefficients.contiguous(), call.positions(len(out))
+    rows = rows_of(student, teacher, out, call, positions)
+    library().gradient(rows, scales_of(call), pointer(coefficients), num_threads(*out.shape))
     increment_version(out)  # written behind autograd's back; whoever saved the student must be told
 
 
-def _logits(logits: Tensor | None) -> "ctypes._CArgObject":
+def logits_of(logits: Tensor | None) -> _Logits:
     if logits is None:
-        return ctypes.byref(_Logits(None, 0, 0))
-    return ctypes.byref(_Logits(logits.data_ptr(), logits.stride(0) * logits.element_size(), logits.element_size()))
+        return _Logits(None, 0, 0)
+    return _Logits(logits.data_ptr(), logits.stride(0) * logits.element_size(), logits.element_size())
 
 
-def _scales(call: Call) -> "ctypes._CArgObject":
+def rows_of(student: Tensor, teacher: Tensor | None, out: Tensor, call: Call, positions: Tensor | None) -> _Rows:
+    """positions  `call.positions(len(out))`, to be kept until the rows were read"""
+    of_logits = [ctypes.pointer(logits_of(logits)) for logits in (student, teacher, out)]
+    return _Rows(*of_logits, pointer(call.target), pointer(positions), *out.shape, call.shard.first, call.shard.width)
+
+
+def scales_of(call: Call) -> _Scales:
     shard = call.shard
     floor = -float("inf") if shard.teacher_floor is None else shard.teacher_floor
-    ratio = shard.teacher_scale / shard.student_scale
-    return ctypes.byref(_Scales(shard.student_scale, shard.teacher_scale, ratio, floor))
+    return _Scales(shard.student_scale, shard.teacher_scale, shard.teacher_scale / shard.student_scale, floor)
 
 
-def _pointer(numbers: Tensor | None) -> ctypes.c_void_p:
+def pointer(numbers: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if numbers is None else numbers.data_ptr())
 
 
-def _threads(num_rows: int, num_columns: int) -> ctypes.c_int64:
+def num_threads(num_rows: int, num_columns: int) -> int:
     most = num_rows * num_columns // _ELEMENTS_PER_THREAD
-    return ctypes.c_int64(max(1, min(torch.get_num_threads(), num_rows, most)))
+    return max(1, min(torch.get_num_threads(), num_rows, most))
+
+
+def library() -> ctypes.CDLL:
+    """The C++, loaded; to be asked for where `serves` said yes."""
+    built = _build()
+    assert built is not None
+    return built
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """`native.cpp` compiled and loaded; None where that cannot be done."""
+def _build() -> ctypes.CDLL | None:
+    """`SOURCES` compiled and loaded; None where that cannot be done."""
     compiler = os.environ.get("CXX", "c++")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "native.so"
         try:
             subprocess.run(
-                [*compiler.split(), *_OPTIONS, "-o", built, _SOURCE], check=True, capture_output=True, text=True
+                [*compiler.split(), *OPTIONS, "-o", built, *SOURCES], check=True, capture_output=True, text=True
             )
-            library = ctypes.CDLL(str(built))
+            loaded = ctypes.CDLL(str(built))
         except (OSError, subprocess.CalledProcessError) as error:
             reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
             logger.warning("backend 'compile' runs without its C++ for CPUs, because %r failed: %s", compiler, reason)
             return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.stats.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] * 2 + [integer]
-    library.gradient.argtypes = [pointer] * 5 + [integer] * 4 + [pointer] * 2 + [integer]
-    library.stats.restype = library.gradient.restype = None
-    return library
+    logits, scales, numbers, integer = ctypes.POINTER(_Logits), ctypes.POINTER(_Scales), ctypes.c_void_p, ctypes.c_int64
+    rows, mixture, number = ctypes.POINTER(_Rows), ctypes.c_float * 5, ctypes.c_float
+    loaded.stats.argtypes = [logits, logits, numbers, numbers, integer, integer, integer, scales, numbers, integer]
+    loaded.gradient.argtypes = [rows, scales, numbers, integer]
+    loaded.mixture_sums.argtypes = [logits, logits, numbers, integer, integer, scales, mixture, number]
+    loaded.mixture_sums.argtypes += [numbers, numbers, integer]
+    loaded.mixture_gradient.argtypes = [rows, scales, mixture, numbers, integer]
+    for function in (loaded.stats, loaded.gradient, loaded.mixture_sums, loaded.mixture_gradient):
+        function.restype = None
+    return loaded

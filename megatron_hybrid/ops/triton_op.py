@@ -12,14 +12,13 @@ multiprocessor, where bandwidth times latency asks for about 20 KB on an H100. T
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops.call import Call
+from megatron_hybrid.ops.call import Call, Shard
 from megatron_hybrid.ops.eager import NUM_STATS
 
 VECTOR_BYTES = 16
@@ -28,6 +27,11 @@ WARPS = 4
 LANES = 32 * WARPS
 """One lane per thread: sums over a lane's items need no shuffle. 128 threads, and not more, because a row of 18992
 bf16 logits is 18.5 tiles of that: little is wasted in the last one, and the lanes meet cheaply at the end."""
+FEW_ITEMS = 4
+"""Of a lane where it loads them one by one: no vector asks for eight, and their masks would take registers."""
+MOST_REGISTERS = 64
+"""Of a thread: 8 programs per multiprocessor still fit beside each other. Asked for, as compilers for newer GPUs take
+more for the Jensen-Shannon divergence, which fits without a spill."""
 WANTED_PROGRAMS = 1024
 """Fewer rows than this are split: an H100 holds 132 * 10 programs at once, and should be short of none."""
 FEWEST_TILES = 4
@@ -39,7 +43,7 @@ class Tiling:
     """How rows are cut for a launch; see the docstring of `triton_kernels.py`."""
 
     items: int
-    """Columns of a lane: one vector of the widest dtype."""
+    """Columns of a lane: one vector of the widest dtype; no more than `FEW_ITEMS` without whole vectors."""
     unit: int
     """`items` where rows are made of whole vectors, 1 where they are not."""
     tiles: int
@@ -55,12 +59,14 @@ class Tiling:
         tiles = max(1, -(-num_columns // (LANES * items)))
         splits = min(-(-WANTED_PROGRAMS // max(num_rows, 1)), max(tiles // FEWEST_TILES, 1))
         tiles_of_one = -(-tiles // splits)
+        items = items if whole else min(items, FEW_ITEMS)
         return cls(items, items if whole else 1, tiles_of_one, -(-tiles // tiles_of_one))
 
     def constants(self) -> dict[str, int]:
         """What the kernels are compiled for."""
         # No software pipeline: it would move the loads through shared memory, and occupancy hides them already.
-        return {"UNIT": self.unit, "LANES": LANES, "ITEMS": self.items, "num_warps": WARPS, "num_stages": 1}
+        launch = {"num_warps": WARPS, "num_stages": 1, "maxnreg": MOST_REGISTERS}
+        return {"UNIT": self.unit, "LANES": LANES, "ITEMS": self.items, **launch}
 
     def stride(self, logits: Tensor | None) -> int:
         """From row to row, in units."""
@@ -69,7 +75,10 @@ class Tiling:
 
 def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
     """As `eager.shard_stats`: [n, 8] fp32."""
-    kernels, shard, n = _kernels_for(student, teacher), call.shard, len(call.target)
+    check_readable(student, teacher)
+    from megatron_hybrid.ops import triton_kernels as kernels
+
+    shard, n = call.shard, len(call.target)
     tiling = Tiling.of(n, shard.width, *_given(student, teacher))
     stats = torch.zeros((n, NUM_STATS), dtype=torch.float32, device=student.device)
     if n == 0:
@@ -89,7 +98,7 @@ def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
             shard.width,
             tiling.tiles,
             *scales,
-            _floor(call),
+            floor_of(shard),
             **tiling.constants(),
         )
         if tiling.splits > 1:
@@ -100,22 +109,20 @@ def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
 
 def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coefficients: Tensor, out: Tensor) -> None:
     """As `eager.shard_gradient`: fills `out`, which may be the student logits."""
-    kernels, shard, (num_rows, num_columns) = _kernels_for(student, teacher, out), call.shard, out.shape
+    check_readable(student, teacher, out)
+    from megatron_hybrid.ops import triton_kernels as kernels
+
+    shard, (num_rows, num_columns) = call.shard, out.shape
     tiling = Tiling.of(num_rows, num_columns, *_given(student, teacher, out))
     if num_rows == 0:
         return
-    position = None
-    if call.rows is not None:
-        position = torch.full((num_rows,), -1, dtype=torch.int32, device=out.device)
-        counted = torch.arange(len(call.rows), dtype=torch.int32, device=out.device)
-        position.index_copy_(0, call.rows, counted)
     with torch.cuda.device_of(student):
         kernels.gradient_kernel[(num_rows, tiling.splits)](
             student,
             teacher,
             out,
             call.target,
-            position,
+            call.positions(num_rows),
             coefficients,
             tiling.stride(student),
             tiling.stride(teacher),
@@ -126,7 +133,7 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
             tiling.tiles,
             shard.student_scale,
             shard.teacher_scale / shard.student_scale,
-            _floor(call),
+            floor_of(shard),
             **tiling.constants(),
         )
     increment_version(out)  # a kernel writes behind autograd's back; whoever saved the student must be told
@@ -136,13 +143,13 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _floor(call: Call) -> float:
+def floor_of(shard: Shard) -> float:
     """Below which teacher logits are raised; no floor is one that nothing lies below."""
-    return -float("inf") if call.shard.teacher_floor is None else call.shard.teacher_floor
+    return -float("inf") if shard.teacher_floor is None else shard.teacher_floor
 
 
-def _kernels_for(*logits: Tensor | None) -> ModuleType:
-    """The kernels' module, imported now; raises where they cannot run on these logits."""
+def check_readable(*logits: Tensor | None) -> None:
+    """Raises where the kernels cannot run on these logits; imports triton."""
     try:
         from megatron_hybrid.ops import triton_kernels
     except ImportError as error:
@@ -163,4 +170,3 @@ def _kernels_for(*logits: Tensor | None) -> ModuleType:
                 f"{tensor.stride(1)} elements apart: no vector load could serve them. Pass logits.contiguous(), or "
                 "choose backend 'torch'."
             )
-    return triton_kernels

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from megatron_hybrid.errors import ShapeError
-from megatron_hybrid.ops import eager, triton_op
+from megatron_hybrid.ops import eager, mixtures, triton_mixtures, triton_op
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.call import read_call
+from megatron_hybrid.ops.divergence import DIVERGENCES, mixture_of
+from megatron_hybrid.ops.function import merged_stats
 from megatron_hybrid.ops.reference import reference_hybrid_loss
 
 NAN = float("nan")
@@ -119,3 +121,100 @@ def test_logits_whose_vocabulary_is_not_contiguous_are_declined():
     logits = torch.randn(8, 3).T
     with pytest.raises(ShapeError, match="contiguous"):
         vocab_parallel_hybrid_loss(logits, None, torch.zeros(3, dtype=torch.long), backend="triton")
+
+
+# The other divergences
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "v"), [(F32, F32, 101), (B16, B16, 96), (F16, F16, 7), (F64, F64, 8), (B16, F32, 1)]
+)
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_every_divergence_is_as_in_torch_whatever_type_and_width(divergence, student, teacher, v):
+    kept = max(1, v - 3)
+    target = torch.randint(0, kept, (5,))
+    target[3] = -100
+    assert_same_mixture(
+        (3 * torch.randn(5, v)).to(student),
+        (3 * torch.randn(5, v)).to(teacher),
+        target,
+        divergence,
+        student_temperature=0.7,
+        vocab_size=kept,
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_a_row_split_over_programs_has_the_divergence_of_the_row(splits, monkeypatch):
+    monkeypatch.setattr(triton_op, "FEWEST_TILES", -(-10 // splits))
+    student, target = 4 * torch.randn(2, 160), torch.tensor([0, 159])  # ten tiles of 16
+    assert triton_op.Tiling.of(2, 160, student).splits == splits
+    student[0, :70] = -torch.inf
+    assert_same_mixture(student, torch.where(student.isinf(), student, torch.randn(2, 160) - 50), target, "forward_kl")
+
+
+@pytest.mark.parametrize("garbage", [NAN, torch.inf, 3e38])
+@pytest.mark.parametrize("padding", [8, 9])  # whole vectors, and rows that begin in the middle of one
+def test_padding_leaves_no_trace_in_a_divergence(padding, garbage):
+    logits, target = torch.randn(2, 4, 37 + padding), torch.randint(0, 37, (4,))
+    clean = of_mixture(triton_mixtures, logits[0], logits[1], target, "jsd", vocab_size=37)
+    logits[:, :, 37:] = garbage
+    dirty = of_mixture(triton_mixtures, logits[0], logits[1], target, "jsd", vocab_size=37)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True)) and dirty[1][:, 37:].eq(0).all()
+
+
+@pytest.mark.parametrize("spread", [1.4e-3, 14.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_a_divergence_keeps_its_digits_from_tiny_to_huge_kl(divergence, spread):
+    student = torch.randn(4, 200) - 300
+    teacher = student + 600 + spread * torch.randn(4, 200)
+    target, options = torch.randint(0, 200, (4,)), {"divergence": divergence, "divergence_mix": 0.3}
+    expected = reference_hybrid_loss(student, teacher, target, **options)
+    leaf = student.clone().requires_grad_()
+    out = vocab_parallel_hybrid_loss(leaf, teacher, target, backend="triton", **options)
+    (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
+    error, p = (grad.double() - expected.dense).norm(dim=-1), student.double().softmax(-1)
+    # the product's figure; where p and q hardly overlap, the slope g is nearly constant: 4 ulps of it, times p
+    assert (error <= 1e-5 * expected.dense.norm(dim=-1) + 2**-22 * p.norm(dim=-1)).all()
+    # a term of D is of second order in log p - log q, but its parts of first order are rounded: 1e-7 of 1e-3
+    torch.testing.assert_close(out.divergence.double(), expected.divergence, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_a_nan_is_never_silent_in_a_divergence(divergence, who):
+    logits, target = torch.randn(2, 3, 40), torch.zeros(3, dtype=torch.long)
+    logits[who, 1, 30] = NAN
+    sums, out = of_mixture(triton_mixtures, *logits, target, divergence)
+    assert sums[1].isnan().all() and out[1].isnan().all() and sums[[0, 2]].isfinite().all()
+
+
+def test_an_infinite_forward_kl_is_infinite():
+    logits, target = torch.randn(2, 3, 40), torch.zeros(3, dtype=torch.long)
+    logits[0, 1, 30] = -torch.inf
+    sums, _ = of_mixture(triton_mixtures, *logits, target, "forward_kl", student_temperature=2.5)
+    assert sums[1, 0] == torch.inf and sums[[0, 2], 0].isfinite().all()
+
+
+def of_mixture(passes, student, teacher, target, divergence, **options):
+    """Sums [n, 2] and gradient [rows, v]; E_p[g] is the sum, weights are drawn."""
+    call, mixture = read_call(student, teacher, target, **options), mixture_of(divergence, 0.3)
+    merged = merged_stats(eager, student, teacher, call)
+    assert mixture is not None
+    numbers = torch.stack((merged.m_z, merged.m_w, (merged.s_z / merged.s_w).log(), merged.s_z, merged.s_w), dim=-1)
+    sums = passes.shard_sums(student, teacher, call, mixture, numbers)
+    drawn = torch.randn(len(call.target), 2, generator=torch.Generator().manual_seed(1))
+    out = torch.full_like(student, 7.0)
+    passes.shard_gradient(student, teacher, call, mixture, torch.cat((numbers, sums[:, 1:], drawn), dim=1), out)
+    return sums, out
+
+
+def assert_same_mixture(student, teacher, target, divergence, **options):
+    (sums, out), (expected_sums, expected_out) = (
+        of_mixture(passes, student, teacher, target, divergence, **options) for passes in (triton_mixtures, mixtures)
+    )
+    torch.testing.assert_close(sums, expected_sums, **CLOSE)
+    # one rounding to the logits' type, which can fall either way
+    torch.testing.assert_close(
+        out, expected_out, rtol=max(torch.finfo(out.dtype).eps, 1e-5), atol=2e-6 if out.dtype != F16 else 1e-5
+    )

@@ -19,7 +19,7 @@ assert triton.knobs.runtime.interpret, "this plugin is for a process started wit
 
 SMALL_LANES, SMALL_SPLITS = 4, 2
 triton_op.LANES, triton_op.FEWEST_TILES = SMALL_LANES, SMALL_SPLITS
-api.BACKENDS["torch"] = triton_op
+api.BACKENDS["torch"] = api.BACKENDS["triton"]
 
 _cast = interpreter.InterpreterBuilder.cast_impl
 

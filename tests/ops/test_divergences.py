@@ -1,11 +1,10 @@
-"""Every divergence of the dense part on one rank: value and gradient against the judge, limits, mistakes."""
+"""Every divergence of the dense part on one rank, by two backends: value and gradient against the judge, limits."""
 
 import pytest
 import torch
 
-from megatron_hybrid import config
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.ops import api
+from megatron_hybrid.ops import api, compiled_mixtures
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.divergence import DIVERGENCES
 from megatron_hybrid.ops.reference import reference_hybrid_loss
@@ -14,6 +13,14 @@ from tests.ops.vectors import gradient, judged, load_cases, problem, run_case
 CASES = load_cases()
 OTHERS = DIVERGENCES[1:]
 INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True, params=["torch", "compile"])
+def backend(request, monkeypatch):
+    """Who computes what is asked of the torch backend, here by default; compile is the C++, and may not ask others."""
+    if request.param == "compile":
+        monkeypatch.setitem(api.BACKENDS, "torch", api.BACKENDS["compile"])
+        monkeypatch.setattr(compiled_mixtures, "mixtures", None)
 
 
 # Against the judge
@@ -288,15 +295,3 @@ def test_a_mistake_is_named(change, match):
     student, teacher, target, _ = problem()
     with pytest.raises(ConfigError, match=match):
         vocab_parallel_hybrid_loss(student, teacher, target, **({"divergence": "jsd"} | change))
-
-
-def test_a_backend_without_passes_for_it_declines_a_divergence_and_says_what_to_do(monkeypatch):
-    student, teacher, target, _ = problem()
-    monkeypatch.setitem(api.BACKENDS, "quick", api.eager)
-    gradient(student, teacher, target, backend="quick")
-    with pytest.raises(ConfigError, match="'quick' computes the reverse KL only, got divergence 'jsd'.*'torch'"):
-        gradient(student, teacher, target, backend="quick", divergence="jsd")
-
-
-def test_the_settings_offer_the_ops_divergences():
-    assert config.DIVERGENCES == DIVERGENCES

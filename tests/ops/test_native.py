@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_hybrid.ops import eager, native
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.call import Call, read_call
+from megatron_hybrid.ops.divergence import DIVERGENCES
 from megatron_hybrid.ops.reference import reference_hybrid_loss
 from tests.ops.test_memory import Allocations
 from tests.ops.vectors import gradient, problem
@@ -52,6 +53,20 @@ def test_every_width_is_as_in_torch(v: int, dtype: torch.dtype):
     assert_as_torch(student, teacher, target, student_temperature=0.7)
     assert_as_torch(student, teacher, target, teacher_logit_floor=-1.0)
     assert_as_torch(student, None, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("v", [1, CHUNK, 2 * CHUNK + 77])
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_every_divergence_is_as_in_torch_at_every_width(divergence: str, v: int, dtype: torch.dtype):
+    student, teacher = (3 * torch.randn(2, 5, v)).to(dtype)
+    target, call_options = torch.randint(0, v, (5,)), {"student_temperature": 0.7, "teacher_logit_floor": -4.0}
+    target[1] = -100
+    options = {"divergence": divergence, "divergence_mix": 0.3, "advantage": torch.randn(5), **call_options}
+    got, expected = (gradient(student, teacher, target, backend=backend, **options) for backend in ("compile", "torch"))
+    # fp32 sums of a few thousand terms of size 1 to 10 in another order; at most one step of the logits' type
+    torch.testing.assert_close(got[0].divergence, expected[0].divergence, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1], expected[1], rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [-300.0, 0.0])
@@ -135,7 +150,7 @@ def test_threads_change_no_bit(threads: int, inplace: bool, monkeypatch: pytest.
 
 
 def test_few_numbers_take_one_thread_and_no_row_is_shared():
-    assert [native._threads(n, v).value for n, v in ((6, 40), (1, 1 << 20), (0, 40), (40, 0))] == [1, 1, 1, 1]
+    assert [native.num_threads(n, v) for n, v in ((6, 40), (1, 1 << 20), (0, 40), (40, 0))] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("gap", [3, 16])
@@ -197,21 +212,23 @@ def test_every_loop_over_columns_is_made_of_vectors_for_both_types():
     version = subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout
     if "Free Software Foundation" not in version:
         pytest.skip("reads what GCC reports")
-    command = ["c++", *native._OPTIONS, "-fopt-info-vec-all", "-o", "/dev/null", native._SOURCE]
+    command = ["c++", *native.OPTIONS, "-fopt-info-vec-all", "-o", "/dev/null", *native.SOURCES]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    lines = [i for i, line in enumerate(native._SOURCE.read_text().splitlines(), 1) if "int64_t j = 0" in line]
-    assert len(lines) == 3, "maxima, sums, gradient"
-    for line in lines:  # or the line before, which has the pragma
-        reports = re.findall(rf"\.cpp:(?:{line}|{line - 1}):\d+: (optimized: loop v|missed: couldn't v)ectorize", said)
-        # two types, with and without a teacher; the rest of a row may have a smaller loop of its own
-        assert len(reports) >= 4 and set(reports) == {"optimized: loop v"}, (line, reports)
+    # of two types: with and without a teacher, and of the four other divergences
+    for source, loops, variants in zip(native.SOURCES, (3, 2), (4, 8), strict=True):
+        lines = [i for i, line in enumerate(source.read_text().splitlines(), 1) if "int64_t j = 0" in line]
+        assert len(lines) == loops, "maxima, sums, gradient; sums, gradient"
+        for line in lines:  # or the line before, which has the pragma
+            report = rf"{source.name}:(?:{line}|{line - 1}):\d+: (optimized: loop v|missed: couldn't v)ectorize"
+            reports = re.findall(report, said)  # the rest of a row may have a smaller loop of its own
+            assert len(reports) >= variants and set(reports) == {"optimized: loop v"}, (source.name, line, reports)
 
 
 def test_without_a_compiler_it_declines_and_the_log_says_why_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     student, teacher, *_ = problem()
-    native._library.cache_clear()
+    native._build.cache_clear()
     try:
         for compiler in ("no-such-compiler", "false"):
             monkeypatch.setenv("CXX", compiler)
@@ -220,9 +237,9 @@ def test_without_a_compiler_it_declines_and_the_log_says_why_once(
             (record,) = caplog.records
             assert compiler in record.message and "without its C++" in record.message
             caplog.clear()
-            native._library.cache_clear()
+            native._build.cache_clear()
     finally:
-        native._library.cache_clear()
+        native._build.cache_clear()
 
 
 def test_targets_with_gaps_in_memory_are_the_targets():

@@ -46,6 +46,13 @@ def test_the_ops_own_tests_pass_with_these_kernels():
 
 @pytest.mark.procs
 @pytest.mark.slow
+def test_the_tests_of_the_other_divergences_pass_with_these_kernels():
+    kept_out = "keep_their_digits or padded_columns or blocks_of_rows"  # as above
+    run_interpreted("tests/ops/test_divergences.py", "-k", f"not compile and not ({kept_out})", "--timeout=1500")
+
+
+@pytest.mark.procs
+@pytest.mark.slow
 def test_drawn_problems_on_drawn_shards_are_the_judges_with_these_kernels():
     run_interpreted("tests/ops/test_properties.py", "-k", "judges", "--timeout=1500")
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hybrid.ops import triton_op
+from megatron_hybrid.ops import triton_mixtures, triton_op
+from megatron_hybrid.ops.divergence import DIVERGENCES, mixture_of
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -21,45 +22,54 @@ if triton.knobs.runtime.interpret:
 SHARDS = (18992, 19008, 50304, 151936)
 """V/tp of common models: 151936 / 8, the same padded to 128 * 8, GPT-2's padded, 151936 itself."""
 POINTERS = {"target": "*i64", "rows": "*i64", "position": "*i32"}
-MOST_REGISTERS = 64
-"""With 128 threads, 8 programs per multiprocessor still fit beside each other."""
 LETTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compiled(
-    kernel: str, capability: int, folder: Path, *, dtype: Any, teacher: bool = True, unit: int = 0, masked: bool = True
-) -> tuple[str, int, int]:
-    """(PTX, registers, bytes spilled) of a kernel as `triton_op` launches it on rows of such logits.
-
-    masked  some rows do not count
-    """
-    asm = translated(kernel, capability, dtype=dtype, teacher=teacher, unit=unit, masked=masked)
+def compiled(kernel: str, capability: int, folder: Path, **options: Any) -> tuple[str, int, int]:
+    """(PTX, registers, bytes spilled) of a kernel as it is launched on rows of such logits; options: `translated`."""
+    asm = translated(kernel, capability, **options)
     return asm["ptx"], *assembled(asm["ptx"], folder)
 
 
 def translated(
-    kernel: str, capability: int, *, dtype: Any, teacher: bool = True, unit: int = 0, masked: bool = True
+    kernel: str,
+    capability: int,
+    *,
+    dtype: Any,
+    teacher: bool = True,
+    whole: bool = True,
+    masked: bool = True,
+    divergence: str = "",
 ) -> Any:
-    """The stages of `compiled` by name, up to PTX."""
+    """The stages of `compiled` by name, up to PTX.
+
+    whole       rows are made of whole vectors
+    masked      some rows do not count
+    divergence  of a mixture kernel
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_hybrid.ops import triton_kernels
+    from megatron_hybrid.ops import triton_kernels, triton_mixture_kernels
 
-    tiling = triton_op.Tiling.of(4096, 18992, torch.empty(1, 18992, dtype=dtype, device="meta"))
+    tiling = triton_op.Tiling.of(4096, 18992, torch.empty(1, 18992 if whole else 18991, dtype=dtype, device="meta"))
     options = {"num_warps": 1}
     constants: dict[str, Any] = {"HAS_TEACHER": teacher, "MOST_SPLITS": 64}
     if kernel != "merge_kernel":
-        constants = tiling.constants() | ({"UNIT": unit} if unit else {}) | ({} if teacher else {"teacher": None})
-        constants |= {} if masked else {"rows" if kernel == "stats_kernel" else "position": None}
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    function = getattr(triton_kernels, kernel)
+        constants = tiling.constants() | ({} if teacher else {"teacher": None})
+        constants |= {} if masked else {"position" if "gradient" in kernel else "rows": None}
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+    mixture = mixture_of(divergence, 0.3) if divergence else None
+    if mixture:
+        constants |= {name: None for name, value in triton_mixtures.letters(mixture).items() if value is None}
+    function = getattr(triton_mixture_kernels if mixture else triton_kernels, kernel)
     signature, attributes = {}, {}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("student", "teacher", "out", "stats", "partial", "coefficients", *POINTERS):
-            of_logits = name in ("student", "teacher") or (name == "out" and kernel == "gradient_kernel")
+        elif name in ("student", "teacher", "out", "stats", "partial", "coefficients", "numbers", "sums", *POINTERS):
+            of_logits = name in ("student", "teacher") or (name == "out" and "gradient" in kernel)
             signature[name] = f"*{LETTERS[dtype]}" if of_logits else POINTERS.get(name, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]  # as torch allocates
         else:
@@ -132,7 +142,21 @@ def test_loops_read_and_write_whole_vectors_without_spills(kernel, dtype, capabi
     assert accesses(loop) == expected
     assert "bar.sync" not in loop and "shfl" not in loop, "a lane's columns are its own"
     assert "ld.local" not in ptx and spilled == 0
-    assert registers <= MOST_REGISTERS
+    assert registers <= triton_op.MOST_REGISTERS == 64
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16)]
+)
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+@pytest.mark.parametrize("kernel", ["mixture_sums_kernel", "mixture_gradient_kernel"])
+def test_loops_of_the_other_divergences_do_so_too(kernel, divergence, dtype, capability, tmp_path):
+    ptx, registers, spilled = compiled(kernel, capability, tmp_path, dtype=dtype, divergence=divergence)
+    loop = loop_of(ptx)
+    assert accesses(loop) == ["ld.global.v4.b32"] * 2 + ["st.global.v4.b32"] * ("gradient" in kernel)
+    assert "bar.sync" not in loop and "shfl" not in loop and "call" not in loop
+    assert "ld.local" not in ptx and spilled == 0
+    assert registers <= triton_op.MOST_REGISTERS == 64
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -143,21 +167,28 @@ def test_loops_read_and_write_whole_vectors_without_spills(kernel, dtype, capabi
         ("gradient_kernel", {"dtype": torch.bfloat16, "teacher": False}),
         ("stats_kernel", {"dtype": torch.bfloat16, "masked": False}),
         ("gradient_kernel", {"dtype": torch.bfloat16, "masked": False}),
-        ("stats_kernel", {"dtype": torch.bfloat16, "unit": 1}),
-        ("gradient_kernel", {"dtype": torch.bfloat16, "unit": 1}),
+        ("stats_kernel", {"dtype": torch.bfloat16, "whole": False}),
+        ("gradient_kernel", {"dtype": torch.bfloat16, "whole": False}),
         ("merge_kernel", {"dtype": torch.bfloat16}),
+        ("mixture_sums_kernel", {"dtype": torch.bfloat16, "divergence": "jsd", "masked": False}),
+        ("mixture_gradient_kernel", {"dtype": torch.bfloat16, "divergence": "jsd", "masked": False}),
+        ("mixture_sums_kernel", {"dtype": torch.bfloat16, "divergence": "jsd", "whole": False}),
+        ("mixture_gradient_kernel", {"dtype": torch.bfloat16, "divergence": "jsd", "whole": False}),
     ],
 )
 def test_every_other_variant_compiles_without_spills(kernel, options, capability, tmp_path):
     _, registers, spilled = compiled(kernel, capability, tmp_path, **options)
-    assert spilled == 0 and registers <= MOST_REGISTERS
+    assert spilled == 0 and registers <= triton_op.MOST_REGISTERS == 64
 
 
-@pytest.mark.parametrize("kernel", ["stats_kernel", "gradient_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["stats_kernel", "gradient_kernel", "mixture_sums_kernel", "mixture_gradient_kernel"]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_beyond_two_billion_logits_are_where_they_are(kernel, masked):
     # 14200 rows of 151936 pass 2**31: a row's offset from the first must not be an int32 product
-    text = translated(kernel, 90, dtype=torch.bfloat16, masked=masked)["ttir"]
+    divergence = "jsd" if "mixture" in kernel else ""
+    text = translated(kernel, 90, dtype=torch.bfloat16, masked=masked, divergence=divergence)["ttir"]
     to_rows = re.findall(r"tt\.addptr %(?:student|teacher|out)\w*, .*: !tt\.ptr<bf16>, (\w+)", text)
     assert len(to_rows) >= 2 and set(to_rows) == {"i64"}, to_rows
 
