@@ -39,6 +39,7 @@ RULES = {
     **{leaf: Rule({"errors"} | TORCH_LEAVES, outside=TORCH) for leaf in TORCH_LEAVES},
     "ops": Rule(LEAVES - {"config"}, outside=TORCH, late_outside=frozenset({"triton"})),
     "ops/triton_kernels": Rule({"ops"}, outside={"triton"}),  # needs it to define kernels; is imported late itself
+    "ops/triton_mixture_kernels": Rule({"ops"}, outside={"triton"}),  # the same
     "returns": Rule(LEAVES, outside=TORCH),
     "runtime": Rule(LEAVES, late_outside=frozenset({"megatron"})),
     "mcore": Rule(LEAVES | {"runtime"}, never_at_import=frozenset()),

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
@@ -66,6 +67,8 @@ def _not_plain(layer: Any, scale_logits: Any) -> str | None:
         return "the output layer shares its gradient out in a way of its own"
     if layer.config.defer_embedding_wgrad_compute:
         return "--defer-embedding-wgrad-compute wants the output layer to keep its activations"
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return "autocast decides the types of products"
     if _function(scale_logits) is not GPTModel._scale_logits:
         return "the model scales its logits by a function of its own"
     return None

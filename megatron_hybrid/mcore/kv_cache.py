@@ -1,4 +1,4 @@
-"""Megatron's static KV cache with rows that branch and leave, and whether a model's attention can skip positions.
+"""Megatron's static KV cache with rows that branch and leave, and whether a model can skip positions.
 
     prompts ── forward ──► one row each ── select ──► one row per response ── select ──► those that still write
 
@@ -48,9 +48,10 @@ def _select(tensor: Tensor, dim: int, rows: Tensor) -> Tensor:
 
 
 def honours_masks(chunks: list[torch.nn.Module], parallel: ParallelContext) -> bool:
-    """Whether every attention layer of the model obeys a mask also while it decodes: the same on every stage.
+    """Whether positions that a mask hides change nothing, also while decoding: the same on every stage.
 
-    Megatron's own attention does. Transformer Engine's is told that there is none, and recurrent layers cannot.
+    Megatron's own attention does. Transformer Engine's is told that there is none, and recurrent layers cannot. Experts
+    of limited capacity would take padding in the place of tokens.
 
     chunks  the bare model on this rank
 
@@ -66,7 +67,7 @@ def honours_masks(chunks: list[torch.nn.Module], parallel: ParallelContext) -> b
             "rotary embedding, and responses would come from another model. Train without it."
         )
     obeys = all(_masked(m.core_attention) for m in modules if isinstance(m, Attention))
-    obeys &= not any(_recurrent(module) for module in modules)
+    obeys &= not any(_recurrent(module) or _drops_tokens(module) for module in modules)
     if parallel.pp.size == 1:
         return obeys
     device = next(chunks[0].parameters()).device
@@ -86,3 +87,7 @@ def _masked(core: torch.nn.Module) -> bool:
 def _recurrent(module: torch.nn.Module) -> bool:
     shapes = getattr(module, "mamba_state_shapes_per_request", None)
     return shapes is not None and shapes() is not None
+
+
+def _drops_tokens(module: torch.nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "moe_expert_capacity_factor", None) is not None

@@ -126,13 +126,38 @@ class Measured(NamedTuple):
     """[n] each: what the gradient pass needs of the whole vocabulary."""
 
 
+class TokenPasses(Protocol):
+    """What the autograd functions ask of whoever reads the shards: `Passes`, or `topk_passes.TopKPasses`."""
+
+    def measure(self, student: Tensor, teacher: Tensor | None, call: Call) -> Measured: ...
+
+    def write_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        call: Call,
+        numbers: Sequence[Tensor],
+        dense: Tensor,
+        sparse: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+    def of_rows(self, rows: slice) -> "TokenPasses":
+        """The same for some of the counted rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Passes:
-    """Who reads the shards, and for which divergence; one object for a whole call."""
+    """Who reads the shards of both logits, and for which divergence; one object for a whole call."""
 
     backend: Backend
     mixture: tuple[Mixture, MixturePasses] | None = None
     """A divergence other than the reverse KL, and who computes it."""
+
+    def of_rows(self, rows: slice) -> "Passes":
+        """These: nothing here belongs to a row."""
+        return self
 
     def measure(self, student: Tensor, teacher: Tensor | None, call: Call) -> Measured:
         """Stats of the counted rows of both shards [rows, v/tp], with the collectives of the module's docstring."""
@@ -207,7 +232,7 @@ class Plan:
     """What the autograd function needs besides the logits."""
 
     call: Call
-    passes: Passes
+    passes: TokenPasses
     weights: Callable[[TokenStats], tuple[Tensor, Tensor]]
     """Stats in the target's shape to (imitation_weight, advantage), fp32, in the target's shape."""
     inplace: bool

@@ -6,7 +6,7 @@ Values and gradients are those of `vocab_parallel_hybrid_loss` behind a ColumnPa
 inputs and outputs: logits of `chunk_size` tokens, however many tokens there are, and a few numbers per token.
 Collectives: forward those of the op for every chunk; backward (one pass: forward) dh's all-reduce over tp.
 How often logits are computed, and who may give weights when: `lm_head_function.py`.
-Not here: biases, dropout, autocast (hidden states and weight have one dtype), top-k teachers.
+Not here: biases, dropout, autocast (hidden states and weight have one dtype).
 """
 
 import math
@@ -19,15 +19,19 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.ops.api import HybridLoss, as_weight, passes_of, weights_of
 from megatron_hybrid.ops.call import Call, read_call
+from megatron_hybrid.ops.function import TokenPasses
 from megatron_hybrid.ops.lm_head_chunks import Chunk, Head, default_chunk_size
 from megatron_hybrid.ops.lm_head_function import HeadPlan, LinearHybridLossFunction, Weights
-from megatron_hybrid.parallel import Group
-from megatron_hybrid.records import ReverseWeigh, TokenStats, Weigh
+from megatron_hybrid.ops.topk_passes import REST_FLOOR, TopKPasses, read_slots
+from megatron_hybrid.parallel import Group, GroupView
+from megatron_hybrid.records import ReverseWeigh, TokenStats, TopKPayload, Weigh
 
-Teacher = tuple[Tensor, Tensor] | Callable[[Any], Tensor]
+Teacher = tuple[Tensor, Tensor] | Callable[[Any], Tensor] | TopKPayload
 """Hidden states [..., h_q] and head shard [v/tp, h_q] of a plain head; or a function of rows that returns their logits
 [r, v/tp], as `LogitsPayload.logits`: for a head with more to it. Rows: a slice of the flattened target, or [r] int64
-where `ignore_index` skips rows. It is asked again in backward and must answer the same; no gradient is taken."""
+where `ignore_index` skips rows. It is asked again in backward and must answer the same; no gradient is taken. Or
+its k likeliest tokens, ids and log-probs [..., k], as `vocab_parallel_topk_hybrid_loss` takes them; the reverse KL
+only, by passes in torch whatever the backend."""
 
 
 def linear_hybrid_loss(
@@ -81,8 +85,8 @@ def linear_hybrid_loss(
 
     Everything else as `vocab_parallel_hybrid_loss`. Under `torch.no_grad` each chunk is computed once.
     """
-    _check_head(hidden, weight, teacher, target, chunk_size, logit_scale, logit_softcap)
-    passes = passes_of(backend, divergence, divergence_mix)
+    _check_head(hidden, weight, teacher, target, chunk_size, logit_scale, logit_softcap, divergence)
+    passes: TokenPasses = passes_of(backend, divergence, divergence_mix)
     # Read with logits that take no memory: shapes, dtypes and devices are all that is looked at.
     student = weight.new_empty(()).expand(*target.shape, len(weight))
     call = read_call(
@@ -96,17 +100,23 @@ def linear_hybrid_loss(
         ignore_index=ignore_index,
         teacher_logit_floor=teacher_logit_floor,
     )
+    if isinstance(teacher, TopKPayload):
+        v = len(weight) * GroupView.of(group).size if vocab_size is None else vocab_size
+        passes = TopKPasses(read_slots(teacher.ids, teacher.log_probs, call, v=v, rest_floor=REST_FLOOR))
     _check_weights(imitation_weight, advantage, weigh, reverse_weigh, one_pass)
+    teacher_logits = None if isinstance(teacher, TopKPayload) else teacher
     if chunk_size is None:
         chunk_size = default_chunk_size(
-            weight, has_teacher=teacher is not None, has_softcap=logit_softcap is not None, group=group
+            weight, has_teacher=teacher_logits is not None, has_softcap=logit_softcap is not None, group=group
         )
-    pair = (teacher[0].detach(), teacher[1].detach()) if isinstance(teacher, tuple) else (None, None)
+    pair: tuple[Tensor | None, Tensor | None] = (None, None)
+    if isinstance(teacher_logits, tuple):
+        pair, teacher_logits = (teacher_logits[0].detach(), teacher_logits[1].detach()), None
     plan = HeadPlan(
         call=call,
         passes=passes,
         head=Head(logit_scale, logit_softcap),
-        teacher_logits=None if isinstance(teacher, tuple) else teacher,
+        teacher_logits=teacher_logits,
         weigh_all=weights_of(target, imitation_weight, advantage, weigh),
         weigh_chunk=_weigh_chunk(call, target, imitation_weight, advantage, reverse_weigh) if weigh is None else None,
         chunk_size=chunk_size,
@@ -167,6 +177,7 @@ def _check_head(
     chunk_size: int | None,
     logit_scale: float,
     logit_softcap: float | None,
+    divergence: str,
 ) -> None:
     """Shapes, types and numbers that the op itself does not look at."""
     pairs = [("hidden", hidden, weight)] + ([("teacher's hidden", *teacher)] if isinstance(teacher, tuple) else [])
@@ -190,6 +201,11 @@ def _check_head(
         raise ShapeError(
             f"the teacher's head has {len(pairs[1][2])} columns of logits, the student's {len(weight)}: the KL "
             "compares them one by one, so both heads must be padded alike (to one padded vocabulary)."
+        )
+    if isinstance(teacher, TopKPayload) and divergence != "reverse_kl":
+        raise ConfigError(
+            f"a teacher known by its top k tokens gives the reverse KL only, got divergence {divergence!r}: all others "
+            "ask for its whole distribution. Use divergence 'reverse_kl', or a teacher with logits."
         )
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size must be at least 1 token, got {chunk_size}. Leave it None for the default.")

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.errors import ShapeError
 from megatron_hybrid.ops.call import Call
-from megatron_hybrid.ops.function import Measured, Passes, weighted
+from megatron_hybrid.ops.function import Measured, TokenPasses, weighted
 from megatron_hybrid.ops.lm_head_chunks import (
     Chunk,
     Gradients,
@@ -45,7 +45,7 @@ class HeadPlan:
     """What the autograd function needs besides tensors."""
 
     call: Call
-    passes: Passes
+    passes: TokenPasses
     head: Head
     teacher_logits: Callable[[Any], Tensor] | None
     """Rows to the teacher's logits, where it has no plain head."""
@@ -110,7 +110,8 @@ class Heads(NamedTuple):
     ) -> None:
         """The chunk's share of dh and dW; overwrites the student's logits. Numbers and weights [r], scaled."""
         z, raw, w = logits
-        self.plan.passes.write_gradient(z, w, chunk.call, numbers, dense, sparse, z)
+        passes = self.plan.passes.of_rows(slice(chunk.start, chunk.stop))
+        passes.write_gradient(z, w, chunk.call, numbers, dense, sparse, z)
         if raw is not None:
             self.plan.head.through_softcap(z, raw)
         gradients.add(chunk, z, self.hidden[chunk.rows])
@@ -178,7 +179,8 @@ def measure(heads: Heads, gradients: Gradients | None) -> tuple[Measured, tuple[
     for chunk in reversed(chunks_of(plan.call, plan.chunk_size)):
         logits = None  # the last chunk's go before the next one's come
         logits = heads.logits(chunk)
-        part = plan.passes.measure(logits.student, logits.teacher, chunk.call)
+        passes = plan.passes.of_rows(slice(chunk.start, chunk.stop))
+        part = passes.measure(logits.student, logits.teacher, chunk.call)
         parts.append((*vars(part.stats).values(), part.divergence, *part.numbers))
         if plan.weigh_chunk is None:
             continue

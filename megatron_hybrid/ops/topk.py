@@ -15,28 +15,21 @@ closed form and log q(y) outside K are ours.
 
 Forward: one all-gather of 48 bytes per token and rank; none at tp = 1.  Backward: no collective.  Memory of vocabulary
 size: the gradient in the logits' dtype, or nothing with `inplace=True`.
+From hidden states: `lm_head.py`.
 Not here: choosing the k tokens (`teachers/topk.py`), renormalised KLs, other divergences, other backends than torch.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_hybrid.collectives import gather_ranks
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.ops.api import HybridLoss, check_inplace, weights_of
-from megatron_hybrid.ops.call import Call, read_call, rows_of
-from megatron_hybrid.ops.function import Measured, begin_backward, end_forward, weighted
-from megatron_hybrid.ops.topk_passes import Slots, merge_shards, read_slots, shard_gradient, shard_stats
+from megatron_hybrid.ops.call import read_call
+from megatron_hybrid.ops.function import HybridLossFunction, Plan
+from megatron_hybrid.ops.topk_passes import REST_FLOOR, TopKPasses, read_slots
 from megatron_hybrid.parallel import Group, GroupView
-from megatron_hybrid.records import TokenStats, Weigh
-
-REST_FLOOR = -24 * math.log(2)
-"""log of fp32's unit roundoff, 6e-8: log-softmax in fp32, which most teachers use, resolves no smaller rest."""
+from megatron_hybrid.records import Weigh
 
 
 def vocab_parallel_topk_hybrid_loss(
@@ -92,44 +85,5 @@ def vocab_parallel_topk_hybrid_loss(
     weights = weights_of(target, imitation_weight, advantage, weigh)
     if inplace:
         check_inplace(student_logits)
-    loss, kl, log_prob, teacher_log_prob, entropy = _TopKLoss.apply(student_logits, teacher, call, weights, inplace)
-    return HybridLoss(loss, kl, log_prob, teacher_log_prob, entropy, divergence=kl)
-
-
-class _TopKLoss(torch.autograd.Function):
-    """(loss, kl, log_prob, teacher_log_prob, entropy), each in the target's shape; only the loss has a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_logits: Tensor,
-        teacher: Slots,
-        call: Call,
-        weights: Callable[[TokenStats], tuple[Tensor, Tensor]],
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
-        stats = shard_stats(rows_of(student_logits), teacher, call)
-        # Where no row counts there is nothing to gather: ranks share their targets, so all of them know.
-        merged = merge_shards(gather_ranks(stats, call.group) if len(stats) else stats.unsqueeze(0), teacher, call)
-        restored = TokenStats(*(call.restored(value) for value in vars(merged.stats).values()))
-        imitation, advantage = (call.counted(weight) for weight in weights(restored))
-        kl = merged.stats.kl
-        loss, dense = weighted(Measured(merged.stats, kl, ()), imitation, advantage)
-        k = torch.where(kl == torch.inf, 0.0, merged.k)
-        numbers = torch.stack((merged.m, k, merged.g_rest, merged.s, dense.double(), advantage.double()))
-        ctx.call, ctx.inplace = call, inplace
-        ctx.save_for_backward(student_logits, teacher.ids, teacher.log_probs, teacher.log_rest, numbers)
-        return end_forward(ctx, (call.restored(loss), *vars(restored).values()))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        if grad_loss is None:
-            return None, None, None, None, None
-        out, (student_logits, ids, log_probs, log_rest, numbers) = begin_backward(ctx, inplace=ctx.inplace)
-        m, k, g_rest, s, dense, sparse = numbers.unbind(0)
-        scale = ctx.call.counted(grad_loss.double()) * ctx.call.shard.student_scale
-        coefficients = torch.stack((m, k, g_rest, scale * dense / s, scale * sparse / s, scale * sparse), dim=-1)
-        teacher = Slots(ids, log_probs, log_rest)
-        shard_gradient(rows_of(student_logits), teacher, ctx.call, coefficients, rows_of(out))
-        return out, None, None, None, None
+    plan = Plan(call, TopKPasses(teacher), weights, inplace)
+    return HybridLoss(*HybridLossFunction.apply(student_logits, None, plan))

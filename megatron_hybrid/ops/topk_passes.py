@@ -4,26 +4,31 @@ With K the teacher's tokens, e = exp((z - m)/T) and d = (z - m)/T - log q, a ran
 
     stats     m, R = sum_{not K} e, S = sum_K e, A = sum_K e d, B = sum e (z - m)/T, z_y
     merge     s = R + S,   g_rest = log R - log Q_rest,   k = (A + R g_rest)/s = D + log s
-    gradient  e (a (g - k) + b) - c onehot(y),    g = d in K, g_rest elsewhere;  a, b, c from `topk.py`
+    gradient  e (a (g - k) + b) - c onehot(y),    g = d in K, g_rest elsewhere;  a, b, c as in `function.py`
 
 R is a sum, not 1 minus one, so a rest of any size has all its digits. The vocabulary is read in fp32, block by block;
 per-token numbers and the k columns are float64, because g - k is small by cancellation: at a KL of 1e-6 it is 1e-3, and
 fp32's 1e-7 would be 1e-4 of the gradient. Memory: two fp32 buffers of one block and a quarter for the stats, one for
-the gradient; where rows are skipped, copies of the counted ones in the logits' type. No collective.
+the gradient; where rows are skipped, copies of the counted ones in the logits' type. Collectives: the one of the merge.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_hybrid.collectives import gather_ranks
 from megatron_hybrid.errors import ShapeError
 from megatron_hybrid.ops.call import Call, Shard
 from megatron_hybrid.ops.eager import FAR, LOWEST, block_buffers, clear_uncounted, row_blocks, write_block
+from megatron_hybrid.ops.function import Measured
 from megatron_hybrid.records import TokenStats
 
+REST_FLOOR = -24 * math.log(2)
+"""log of fp32's unit roundoff, 6e-8: log-softmax in fp32, which most teachers use, resolves no smaller rest."""
 NUM_STATS = 6
 """m, R, S, A, B, z_y; maximum and target logit in raw units, before the temperature."""
 _PIECES = 8
@@ -79,6 +84,41 @@ def read_slots(ids: Tensor, log_probs: Tensor, call: Call, *, v: int, rest_floor
     log_probs = torch.where(ids < 0, -torch.inf, log_probs.double())
     rest = 1 - log_probs.exp().sum(-1)
     return Slots(ids, log_probs, rest.clamp(min=math.exp(rest_floor)).log())
+
+
+@dataclass(frozen=True)
+class TopKPasses:
+    """Both passes against the teacher's tokens of the counted rows: what the autograd functions ask for."""
+
+    teacher: Slots
+
+    def of_rows(self, rows: slice) -> "TopKPasses":
+        """Of some of the counted rows."""
+        slots = self.teacher
+        return TopKPasses(Slots(slots.ids[rows], slots.log_probs[rows], slots.log_rest[rows]))
+
+    def measure(self, student: Tensor, teacher: Tensor | None, call: Call) -> Measured:
+        """As `Passes.measure`; one all-gather of [n, 6] float64, none where no row counts."""
+        stats = shard_stats(student, self.teacher, call)
+        gathered = gather_ranks(stats, call.group) if len(stats) else stats.unsqueeze(0)
+        m, s, g_rest, k, of_tokens = merge_shards(gathered, self.teacher, call)
+        k = torch.where(of_tokens.kl == torch.inf, 0.0, k)  # finite also where D is not: a weight of 0 drops it
+        return Measured(of_tokens, of_tokens.kl, (m, k, g_rest, s))
+
+    def write_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        call: Call,
+        numbers: Sequence[Tensor],
+        dense: Tensor,
+        sparse: Tensor,
+        out: Tensor,
+    ) -> None:
+        """As `Passes.write_gradient`."""
+        m, k, g_rest, s = numbers
+        coefficients = torch.stack((m, k, g_rest, dense / s, sparse / s, sparse.double()), dim=-1)
+        shard_gradient(student, self.teacher, call, coefficients, out)
 
 
 class Merged(NamedTuple):

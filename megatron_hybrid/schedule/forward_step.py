@@ -114,7 +114,7 @@ class HybridForwardStep:
         batch, config = context, self._ready()
         hidden = response_hidden(hidden_states, batch.student.token_rows, output_layer)
         loss, head = ResponseLoss(config, self._known(), batch), None
-        if config.lm_head == "fused" and not isinstance(batch.teacher, TopKPayload):
+        if config.lm_head == "fused":
             head = head_parts(output_layer, output_weight, scale_logits)
 
         def logits_of(rows: slice) -> Tensor:

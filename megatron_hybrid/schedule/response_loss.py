@@ -3,7 +3,7 @@
     hidden [n, h], LM head, teacher's payload  ->  op with the micro-batch's credit  ->  HybridLoss [n], weights [n]
 
 fused   logits of a chunk of tokens at a time; in one pass where credit can be asked from the last tokens to the first
-logits  all [n, v/tp] at once: the reference; and where the head is no plain product, or the teacher known in part
+logits  all [n, v/tp] at once: the reference; and where the head is no plain product
 
 Collectives over tp: the op's, per chunk; in backward (one pass: forward) the all-reduce of dh [n, h]; on a GPU, where
 the chunk size is not set, one all-gather of 8 bytes in the first call, to agree on it.
@@ -61,7 +61,7 @@ class ResponseLoss:
     def fused(self, hidden: Tensor, head: HeadParts) -> HybridLoss:
         """hidden [n, h], the same on every tensor-parallel rank; its gradient is summed over them."""
         batch, config = self.batch, self.config
-        teacher = None if self._teacher is None else self._teacher.logits
+        teacher = batch.teacher.logits if isinstance(batch.teacher, LogitsPayload) else batch.teacher
         reverse = batch.weigh.from_the_end() if isinstance(batch.weigh, ReversibleWeigh) else None
         credit: dict[str, Any] = {"weigh": self._weigh} if reverse is None else {"reverse_weigh": self._from(reverse)}
         return head.run(
@@ -82,7 +82,7 @@ class ResponseLoss:
     def chunk_size(self, weight: Tensor) -> int:
         """Tokens whose logits exist at a time behind a head [v/tp, h]."""
         return self.config.lm_head_chunk_size or default_chunk_size(
-            weight, has_teacher=self.batch.teacher is not None, group=self.runtime.tp.group
+            weight, has_teacher=isinstance(self.batch.teacher, LogitsPayload), group=self.runtime.tp.group
         )
 
     def from_logits(self, student: Tensor) -> HybridLoss:

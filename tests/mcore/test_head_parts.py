@@ -135,6 +135,13 @@ def test_a_head_with_more_to_it_is_left_whole_and_the_log_says_why(caplog, chang
     assert reason in said
 
 
+def test_under_autocast_a_head_is_left_whole():
+    model = Model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.head() is None
+    assert model.head() is not None
+
+
 def test_hooks_of_the_layer_run_before_its_weight_is_read():
     # Megatron's overlapped gather of parameters waits in such a hook.
     model, order = Model(), []

@@ -74,6 +74,8 @@ def masks_honoured(change: str) -> bool:
             attention.core_attention.scale_mask_softmax.window_size = (4, 0)
         if change == "another attention":  # as Transformer Engine's is
             attention.core_attention = torch.nn.Identity()
+        if change == "limited experts":
+            attention.config.moe_expert_capacity_factor = 1.0
         if change == "flash decode":
             attention.config.flash_decode = True
         return honours_masks(chunks, parallel_context())
@@ -84,6 +86,10 @@ def test_masks_are_trusted_to_megatrons_own_full_attention_alone(rank_pool):
     assert pool.run(masks_honoured, "nothing") == [True]
     assert pool.run(masks_honoured, "window") == [False]
     assert pool.run(masks_honoured, "another attention") == [False]
+
+
+def test_padding_is_not_put_where_experts_of_limited_capacity_would_take_it_for_tokens(rank_pool):
+    assert rank_pool(1, init=False).run(masks_honoured, "limited experts") == [False]
 
 
 def test_flash_decode_is_refused_because_it_would_drop_the_rotary_embedding(rank_pool):

@@ -14,7 +14,7 @@ from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.ops.function import HybridLossFunction
 from megatron_hybrid.ops.lm_head_chunks import add_product
-from megatron_hybrid.ops.topk import _TopKLoss, vocab_parallel_topk_hybrid_loss
+from megatron_hybrid.ops.topk import vocab_parallel_topk_hybrid_loss
 from megatron_hybrid.returns.returns_to_go import cost_to_go
 from megatron_hybrid.returns.weights import make_weigh
 
@@ -88,7 +88,7 @@ def test_a_teachers_top_k_stays_on_the_device(dtype, inplace):
         inplace=inplace,
     )
     assert all(value.device == GPU and value.dtype == torch.float32 for value in out)
-    grad, *_ = _TopKLoss.backward(out.loss.grad_fn, torch.ones(6, device=GPU))
+    grad, *_ = HybridLossFunction.backward(out.loss.grad_fn, torch.ones(6, device=GPU))
     assert grad.device == GPU and grad.dtype == dtype and grad.shape == student.shape
 
 
