@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from megatron_hybrid.annealing import Annealed, annealed
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.weighted import split_weighted
 
 FUTURE_COSTS = ("closed_form", "sampled")
 BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
@@ -32,6 +34,8 @@ LM_HEADS = ("fused", "logits")
 SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 """Settings that have a schedule, `<setting>_schedule`."""
 FILE_REWARDS = ("exact_match", "math_answer")
+REWARDS = ("by_source", "reasoning_gym", *FILE_REWARDS)
+LONG_PROMPTS = ("refuse", "drop")
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -232,9 +236,9 @@ class HybridConfig(_FromArguments):
         ):
             value = getattr(self, name)
             if value not in choices:
-                near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}; got {value!r}.{_nearest(value, choices)}"
+                )
 
     def _check_numbers(self) -> None:
         for name in ("group_size", "mini_batches", "ppo_epochs", "teacher_topk"):
@@ -310,7 +314,13 @@ class OnlineConfig(_FromArguments):
         "self-distillation from a hint or solution",
     )
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
-    file_reward: str = setting("exact_match", "reward of questions from a file", FILE_REWARDS)
+    reward: str = setting(
+        "by_source",
+        "what a response earns: by_source (a reasoning-gym question by its task's own scorer, one of a file by "
+        "file_reward), reasoning_gym, exact_match, math_answer, a function of your own as module:function, or the "
+        "http:// address of a server; several, comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
+    )
+    file_reward: str = setting("exact_match", "reward by_source: that of questions from a file", FILE_REWARDS)
     truncated_reward: float | None = setting(
         None, "what a response earns that was cut off at the length limit; unset: its score"
     )
@@ -318,8 +328,28 @@ class OnlineConfig(_FromArguments):
         10, "steps between measurements of the dense and sparse gradient norms, which make the logits once more"
     )
     samples_interval: int = setting(10, "steps between entries of the table of samples")
+    server_timeout: float = setting(600.0, "seconds that one request to a server (of rewards) may take")
+    server_retries: int = setting(
+        5, "times a request that failed is tried again, with pauses that double from one second"
+    )
+
+    @property
+    def rewards(self) -> list[tuple[float, str]]:
+        """The rewards and their weights."""
+        return split_weighted("reward", self.reward)
 
     def __post_init__(self) -> None:
+        for _, name in self.rewards:
+            _check_reward(name)
+        if self.file_reward != FILE_REWARDS[0] and "by_source" not in [name for _, name in self.rewards]:
+            raise ConfigError(
+                f"file_reward is {self.file_reward!r}, but reward {self.reward!r} does not ask it: it is part of the "
+                "reward by_source. Name it as the reward itself."
+            )
+        if not (math.isfinite(self.server_timeout) and self.server_timeout > 0):
+            raise ConfigError(f"server_timeout must be a finite number of seconds > 0, got {self.server_timeout}.")
+        if self.server_retries < 0:
+            raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
         for name in ("max_response_length", "rollout_batch_size", "gradient_norms_interval", "samples_interval"):
             value = getattr(self, name)
             if value < 1:
@@ -341,6 +371,33 @@ class OnlineConfig(_FromArguments):
                 "teacher_ema_decay and teacher_refresh_interval are both set: the copy is either averaged or taken "
                 "anew. Leave one out."
             )
+
+
+def check_url(name: str, url: str) -> None:
+    """Raises ConfigError unless `url` is an address that can be asked."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        fits = False
+    if not fits:
+        raise ConfigError(f"{name} {url!r} is no address of a server: expected http://HOST:PORT or https://HOST.")
+
+
+def _check_reward(name: str) -> None:
+    if "://" in name:
+        check_url("reward", name)
+    elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) and name not in REWARDS:
+        several = " Several rewards need a weight each, as in 1*exact_match,0.5*math_answer." if "," in name else ""
+        raise ConfigError(
+            f"reward must be one of {', '.join(REWARDS)}, module:function, or http://...; got {name!r}."
+            f"{_nearest(name, REWARDS)}{several}"
+        )
+
+
+def _nearest(value: Any, choices: tuple[str, ...]) -> str:
+    near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_hybrid"
 TORCH_LEAVES = {"records", "parallel", "collectives", "metrics"}
-LEAVES = {"errors", "annealing", "config"} | TORCH_LEAVES
+HTTP = {"http_json"}
+"""The client of servers, for the rooms that have one to ask."""
+LEAVES = {"errors", "annealing", "weighted", "config"} | TORCH_LEAVES
 ANYTHING = None
 
 
@@ -35,7 +37,9 @@ TORCH = {"torch"}
 RULES = {
     "errors": Rule(set(), outside=set()),
     "annealing": Rule({"errors"}, outside=set()),
-    "config": Rule({"errors", "annealing"}, outside=set()),
+    "weighted": Rule({"errors"}, outside=set()),
+    "config": Rule({"errors", "annealing", "weighted"}, outside=set()),
+    "http_json": Rule({"errors"}, outside={"urllib3"}),
     **{leaf: Rule({"errors"} | TORCH_LEAVES, outside=TORCH) for leaf in TORCH_LEAVES},
     "ops": Rule(LEAVES - {"config"}, outside=TORCH, late_outside=frozenset({"triton"})),
     "ops/triton_kernels": Rule({"ops"}, outside={"triton"}),  # needs it to define kernels; is imported late itself
@@ -43,13 +47,14 @@ RULES = {
     "runtime": Rule(LEAVES, late_outside=frozenset({"megatron"})),
     "mcore": Rule(LEAVES | {"runtime"}, never_at_import=frozenset()),
     "prompts": Rule(LEAVES),
-    "rewards": Rule(LEAVES),
-    "rollouts": Rule(LEAVES | {"runtime", "mcore"}),
-    "teachers": Rule(LEAVES | {"runtime", "mcore"}),
+    "rewards": Rule(LEAVES | HTTP),
+    "rollouts": Rule(LEAVES | HTTP | {"runtime", "mcore"}),
+    "teachers": Rule(LEAVES | HTTP | {"runtime", "mcore"}),
     "schedule": Rule(LEAVES | {"ops", "mcore"}, never_at_import=frozenset()),
     "checkpoint": Rule(LEAVES | {"mcore"}),
     "train": Rule(
         LEAVES
+        | HTTP
         | {"ops", "returns", "runtime", "mcore", "prompts", "rewards", "rollouts", "teachers", "schedule", "checkpoint"}
     ),
     "cli": Rule(

@@ -131,7 +131,7 @@ class OnlineLoop:
         metrics, self._held_out, self._evaluations = self._held_out, Metrics(), 0
         if not self.parallel.is_last_stage:
             return
-        values = held_out(metrics.reduce(self.parallel.dp_cp.group), self.tasks)
+        values = held_out(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
             self.report.evaluation(self._step, values)
 
@@ -234,13 +234,15 @@ class OnlineLoop:
             batches = self._annotate(batches)
         if wait is not None:
             with self._clock.stage("reward"):
-                collection = dataclasses.replace(collection, rewards=wait())
+                scores = wait()
+            if scores is not None:
+                collection = dataclasses.replace(collection, rewards=scores.rewards, breakdown=scores.breakdown)
         with self._clock.stage("credit"):
             if not call.forward_only:
                 self._collection = collection = self.credit.collected(collection)
             learns_from = collection.take(rows)
             if learns_from.rewards is not None:
-                self._measure_rollouts(learns_from.rollouts, learns_from.rewards)
+                self._measure_rollouts(learns_from, learns_from.rewards)
             if learns_from.advantages is not None:
                 step, metrics = int(self.args.curr_iteration), self.forward_step.metrics
                 metrics.max("training/policy_age", step - learns_from.rollouts.policy_version)
@@ -280,11 +282,12 @@ class OnlineLoop:
             seed=int(self.args.seed),
         )
 
-    def _measure_rollouts(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
+    def _measure_rollouts(self, scored: Scored, rewards: Tensor) -> None:
         measure_rollouts(
             self.forward_step.metrics,
-            rollouts,
+            scored.rollouts,
             rewards,
+            scored.breakdown,
             reward_weight=self.config.at(self._step).reward_weight,
             tasks=self.tasks,
             counts_tokens=self.parallel.cp.rank == 0,

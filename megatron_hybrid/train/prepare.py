@@ -16,7 +16,7 @@ from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.prompts.sources import open_sources
 from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.prompts.template import PromptTemplate
-from megatron_hybrid.rewards.by_source import default_rubric
+from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
 from megatron_hybrid.train import journal
@@ -85,7 +85,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
     if teachers is not None:
         teachers.check_tasks(tasks)
-    rubric = default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward)
+    rubric = build_rubric(online)
     _open_run_dir(online.run_dir)  # the first thing that is written
     return Prepared(
         config=config,
