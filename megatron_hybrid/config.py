@@ -285,10 +285,18 @@ class OnlineConfig(_FromArguments):
     """Where an online run takes its prompts, rewards and teacher from, and what it leaves behind."""
 
     prompts: str | None = setting(
-        None, "training prompts: 'reasoning_gym:task,task' or a .jsonl file with prompt and answer in each line"
+        None,
+        "training prompts: 'reasoning_gym:task,task', or a .jsonl or .parquet file with prompt and answer in each line "
+        "or row; several: SHARE*SOURCE,SHARE*SOURCE",
     )
     eval_prompts: str | None = setting(
-        None, "held-out prompts, same forms; unset with reasoning_gym: other seeds of the same tasks"
+        None, "held-out prompts, same forms; unset: other seeds of the reasoning_gym tasks among the training prompts"
+    )
+    max_prompt_length: int | None = setting(
+        None, "tokens a prompt may have; unset: what the sequence length leaves beside a response"
+    )
+    long_prompts: str = setting(
+        "refuse", "prompts with more tokens than that end the run before it starts, or are dropped", LONG_PROMPTS
     )
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
@@ -339,6 +347,16 @@ class OnlineConfig(_FromArguments):
         return split_weighted("reward", self.reward)
 
     def __post_init__(self) -> None:
+        for name in ("prompts", "eval_prompts"):
+            for share, source in split_weighted(name, getattr(self, name) or "unset"):
+                if share < 0:
+                    raise ConfigError(
+                        f"{name} gives {source!r} the share {share}: it cannot be less than nothing. Leave it out."
+                    )
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ConfigError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
+        if self.long_prompts not in LONG_PROMPTS:
+            raise ConfigError(f"long_prompts must be one of {', '.join(LONG_PROMPTS)}; got {self.long_prompts!r}.")
         for _, name in self.rewards:
             _check_reward(name)
         if self.file_reward != FILE_REWARDS[0] and "by_source" not in [name for _, name in self.rewards]:

@@ -141,3 +141,17 @@ def test_a_reward_that_nobody_knows_is_refused_with_the_nearest_one(settings: di
 def test_rewards_are_read_with_their_weights() -> None:
     assert OnlineConfig().rewards == [(1.0, "by_source")]
     assert OnlineConfig(reward="2*math_answer,-1*pkg.mod:f").rewards == [(2.0, "math_answer"), (-1.0, "pkg.mod:f")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": "-1*a.jsonl,2*b.jsonl"}, "prompts gives 'a.jsonl' the share -1.0"),
+        ({"eval_prompts": "a.jsonl,2*b.jsonl"}, "'a.jsonl' has no weight"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+        ({"long_prompts": "cut"}, "long_prompts must be one of refuse, drop; got 'cut'"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OnlineConfig(**settings)

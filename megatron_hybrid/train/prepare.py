@@ -14,7 +14,7 @@ from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.prompts.sources import open_sources
-from megatron_hybrid.prompts.stream import PromptStream
+from megatron_hybrid.prompts.stream import PromptStream, too_long
 from megatron_hybrid.prompts.template import PromptTemplate
 from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
@@ -22,9 +22,6 @@ from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
 from megatron_hybrid.train import journal
 
 logger = logging.getLogger(__name__)
-
-_PROBED_QUESTIONS = 256
-"""Questions of an endless source looked at to learn its tasks: sources mix their tasks evenly."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,16 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     paths = [path for path in teachers.sources if path != SELF] if teachers else []
     teacher_args = {path: _teacher_args(path, tokenizer, args) for path in paths}
 
+    limit = _longest_prompt(online, room)
+    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
     num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
-    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
+    training, held_out = open_sources(
+        online.prompts or "",
+        online.eval_prompts,
+        seed=args.seed,
+        num_eval=num_eval,
+        refuse=too_long(template, limit) if online.long_prompts == "drop" else None,
+    )
     if held_out is None:
         if num_eval:
             raise ConfigError(
@@ -80,9 +85,8 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
                 "--hybrid-eval-prompts another file, or set --eval-iters 0."
             )
         held_out = training
-    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
-    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=room) for s in (training, held_out)]
-    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
+    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=limit) for s in (training, held_out)]
+    tasks = training.tasks | held_out.tasks
     if teachers is not None:
         teachers.check_tasks(tasks)
     rubric = build_rubric(online)
@@ -98,6 +102,16 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         teachers=teachers,
         teacher_args=teacher_args,
     )
+
+
+def _longest_prompt(online: OnlineConfig, room: int) -> int:
+    """Tokens a prompt may have; `room` is what the sequence length leaves."""
+    if online.max_prompt_length is not None and online.max_prompt_length > room:
+        raise ConfigError(
+            f"max_prompt_length is {online.max_prompt_length}, but --seq-length leaves {room} tokens beside a "
+            "response: longer prompts could not be answered. Raise --seq-length, or lower one of the two."
+        )
+    return online.max_prompt_length or room
 
 
 def _check_job(args: Namespace) -> None:

@@ -31,6 +31,8 @@ OTHER: dict[str, Any] = {
     "teacher_temperature": 1.3,
     "teacher_logit_floor": -50.5,
     "prompts": "reasoning_gym:chain_sum",
+    "max_prompt_length": 9,
+    "long_prompts": "drop",
     "eval_prompts": "held out.jsonl",
     "system_prompt": "",
     "max_response_length": 5,

@@ -136,6 +136,24 @@ CASES = [
         "DataError",
         "1 of 2 prompts are longer than 2 tokens; the longest has 3 .*raise the sequence length",
     ),
+    (
+        "prompts longer than the room",
+        {"hybrid_max_prompt_length": 15},
+        "ConfigError",
+        "max_prompt_length is 15, but --seq-length leaves 13 tokens .*Raise --seq-length",
+    ),
+    (
+        "no prompt short enough",
+        {"hybrid_prompts": "{folder}/prompts.jsonl", "hybrid_max_prompt_length": 0, "hybrid_long_prompts": "drop"},
+        "ConfigError",
+        "max_prompt_length must be at least 1, got 0",
+    ),
+    (
+        "reward function that is not there",
+        {"hybrid_reward": "0.5*exact_match,1*tests.rewards.user_rewards:missing"},
+        "ConfigError",
+        "'tests.rewards.user_rewards' has no function 'missing'",
+    ),
     ("empty file", {"hybrid_prompts": "{folder}/empty.jsonl"}, "DataError", "empty.jsonl holds no questions: expected"),
     (
         "malformed line",
