@@ -36,6 +36,7 @@ SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 FILE_REWARDS = ("exact_match", "math_answer")
 REWARDS = ("by_source", "reasoning_gym", *FILE_REWARDS)
 LONG_PROMPTS = ("refuse", "drop")
+SERVER_APIS = ("vllm", "sglang")
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -321,6 +322,24 @@ class OnlineConfig(_FromArguments):
         "what the teacher reads behind the question and the student does not, with {answer} filled in: on-policy "
         "self-distillation from a hint or solution",
     )
+    teacher_server: str | None = setting(
+        None,
+        "http:// address of an inference engine that is the teacher, in place of teacher_load; needs teacher_payload "
+        "topk",
+    )
+    rollout_server: str | None = setting(
+        None, "http:// address of an inference engine that samples, in place of the student's own decoding"
+    )
+    rollout_sync_interval: int | None = setting(
+        None, "rollout_server: steps after which it is given the student's weights; unset: it keeps its own"
+    )
+    rollout_sync_dir: str | None = setting(
+        None, "folder for those weights, on a disk that all ranks and the server share; unset: in run_dir"
+    )
+    server_api: str = setting(
+        "vllm", "what rollout_server and teacher_server are: vllm (its OpenAI-compatible server) or sglang", SERVER_APIS
+    )
+    server_requests: int = setting(64, "requests to an inference engine that are under way at a time, per replica")
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
     reward: str = setting(
         "by_source",
@@ -336,7 +355,7 @@ class OnlineConfig(_FromArguments):
         10, "steps between measurements of the dense and sparse gradient norms, which make the logits once more"
     )
     samples_interval: int = setting(10, "steps between entries of the table of samples")
-    server_timeout: float = setting(600.0, "seconds that one request to a server (of rewards) may take")
+    server_timeout: float = setting(600.0, "seconds that one request to a server may take")
     server_retries: int = setting(
         5, "times a request that failed is tried again, with pauses that double from one second"
     )
@@ -364,14 +383,18 @@ class OnlineConfig(_FromArguments):
                 f"file_reward is {self.file_reward!r}, but reward {self.reward!r} does not ask it: it is part of the "
                 "reward by_source. Name it as the reward itself."
             )
-        if not (math.isfinite(self.server_timeout) and self.server_timeout > 0):
-            raise ConfigError(f"server_timeout must be a finite number of seconds > 0, got {self.server_timeout}.")
-        if self.server_retries < 0:
-            raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
-        for name in ("max_response_length", "rollout_batch_size", "gradient_norms_interval", "samples_interval"):
+        for name in (
+            "max_response_length",
+            "rollout_batch_size",
+            "gradient_norms_interval",
+            "samples_interval",
+            "server_requests",
+            "rollout_sync_interval",
+        ):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        self._check_servers()
         self_teacher = re.search(r"(^|[=*,])\s*self\s*(,|$)", self.teacher_load or "") is not None
         for name in ("teacher_ema_decay", "teacher_refresh_interval"):
             value = getattr(self, name)
@@ -389,6 +412,41 @@ class OnlineConfig(_FromArguments):
                 "teacher_ema_decay and teacher_refresh_interval are both set: the copy is either averaged or taken "
                 "anew. Leave one out."
             )
+
+    def _check_servers(self) -> None:
+        """Rewards, rollouts and teachers that are asked over HTTP."""
+        for name in ("teacher_server", "rollout_server"):
+            if (url := getattr(self, name)) is not None:
+                check_url(name, url)
+        if self.teacher_server is not None and self.teacher_load is not None:
+            raise ConfigError(
+                f"teacher_server is {self.teacher_server!r} and teacher_load {self.teacher_load!r}: one of the two "
+                "would be silently ignored. Leave one out."
+            )
+        if self.server_api not in SERVER_APIS:
+            raise ConfigError(
+                f"server_api must be one of {', '.join(SERVER_APIS)}; got {self.server_api!r}."
+                f"{_nearest(self.server_api, SERVER_APIS)}"
+            )
+        if self.rollout_server is None and self.rollout_sync_interval is not None:
+            raise ConfigError(
+                f"rollout_sync_interval is {self.rollout_sync_interval}, but there is no rollout_server to give "
+                "weights to: give its address, or leave the interval out."
+            )
+        if self.rollout_sync_interval is None and self.rollout_sync_dir is not None:
+            raise ConfigError(
+                f"rollout_sync_dir is {self.rollout_sync_dir!r}, but no weights are written: give "
+                "rollout_sync_interval."
+            )
+        if not (math.isfinite(self.server_timeout) and self.server_timeout > 0):
+            raise ConfigError(f"server_timeout must be a finite number of seconds > 0, got {self.server_timeout}.")
+        if self.server_retries < 0:
+            raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
+
+    @property
+    def names_teacher(self) -> bool:
+        """Whether a teacher is asked for."""
+        return self.teacher_load is not None or self.teacher_server is not None
 
 
 def check_url(name: str, url: str) -> None:

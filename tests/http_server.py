@@ -14,8 +14,8 @@ Answer = Callable[[str, Any], tuple[int, Any]]
 
 
 @contextmanager
-def serve(answer: Answer) -> Iterator[str]:
-    """The address of a server that answers so, while the block runs."""
+def serve(answer: Answer, *, key: str | None = None) -> Iterator[str]:
+    """The address of a server that answers so, while the block runs; where there is a key, to requests with it alone."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -28,7 +28,8 @@ def serve(answer: Answer) -> Iterator[str]:
             self._answer(None)
 
         def _answer(self, body: Any) -> None:
-            status, said = answer(self.path, body)
+            known = key is None or self.headers.get("Authorization") == f"Bearer {key}"
+            status, said = answer(self.path, body) if known else (401, "who are you?")
             data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))

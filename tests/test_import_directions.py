@@ -15,8 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_hybrid"
 TORCH_LEAVES = {"records", "parallel", "collectives", "metrics"}
-HTTP = {"http_json"}
-"""The client of servers, for the rooms that have one to ask."""
 LEAVES = {"errors", "annealing", "weighted", "config"} | TORCH_LEAVES
 ANYTHING = None
 
@@ -39,23 +37,34 @@ RULES = {
     "annealing": Rule({"errors"}, outside=set()),
     "weighted": Rule({"errors"}, outside=set()),
     "config": Rule({"errors", "annealing", "weighted"}, outside=set()),
-    "http_json": Rule({"errors"}, outside={"urllib3"}),
     **{leaf: Rule({"errors"} | TORCH_LEAVES, outside=TORCH) for leaf in TORCH_LEAVES},
     "ops": Rule(LEAVES - {"config"}, outside=TORCH, late_outside=frozenset({"triton"})),
     "ops/triton_kernels": Rule({"ops"}, outside={"triton"}),  # needs it to define kernels; is imported late itself
     "returns": Rule(LEAVES, outside=TORCH),
     "runtime": Rule(LEAVES, late_outside=frozenset({"megatron"})),
     "mcore": Rule(LEAVES | {"runtime"}, never_at_import=frozenset()),
+    "servers": Rule({"errors", "config"}, outside={"urllib3"}),
     "prompts": Rule(LEAVES),
-    "rewards": Rule(LEAVES | HTTP),
-    "rollouts": Rule(LEAVES | HTTP | {"runtime", "mcore"}),
-    "teachers": Rule(LEAVES | HTTP | {"runtime", "mcore"}),
+    "rewards": Rule(LEAVES | {"servers"}),
+    "rollouts": Rule(LEAVES | {"servers", "runtime", "mcore"}),
+    "teachers": Rule(LEAVES | {"servers", "runtime", "mcore"}),
     "schedule": Rule(LEAVES | {"ops", "mcore"}, never_at_import=frozenset()),
     "checkpoint": Rule(LEAVES | {"mcore"}),
     "train": Rule(
         LEAVES
-        | HTTP
-        | {"ops", "returns", "runtime", "mcore", "prompts", "rewards", "rollouts", "teachers", "schedule", "checkpoint"}
+        | {
+            "servers",
+            "ops",
+            "returns",
+            "runtime",
+            "mcore",
+            "prompts",
+            "rewards",
+            "rollouts",
+            "teachers",
+            "schedule",
+            "checkpoint",
+        }
     ),
     "cli": Rule(
         {"config", "errors"},

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_hybrid.http_json import JsonServer
 from megatron_hybrid.records import Prompt
+from megatron_hybrid.servers.json_server import JsonServer
 
 
 class HttpReward:

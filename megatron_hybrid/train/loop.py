@@ -34,6 +34,7 @@ from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.records import HybridMicrobatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
+from megatron_hybrid.rollouts.remote import RemoteSampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
 from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
@@ -45,6 +46,7 @@ from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, 
 from megatron_hybrid.train.report import RunReport
 from megatron_hybrid.train.scoring import start_scoring
 from megatron_hybrid.train.updates import Updates
+from megatron_hybrid.train.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,9 @@ class OnlineLoop:
     layout: SequenceLayout
     prompts: PromptStream
     eval_prompts: PromptStream
-    sampler: Sampler
+    sampler: Sampler | RemoteSampler
+    weight_sync: WeightSync | None
+    """Where a server samples and is given the student's weights."""
     rubric: Rubric
     build_teachers: Callable[[list[torch.nn.Module]], Teachers]
     """From the student's chunks, which are known once Megatron calls its schedule."""
@@ -262,6 +266,8 @@ class OnlineLoop:
     def _sample(self, call: ScheduleCall, num_rows: int) -> RolloutBatch:
         """A new collection; or one response to each held-out prompt, with the same noise at every evaluation."""
         dp, seed = self.parallel.dp, int(self.args.seed)
+        if self.weight_sync is not None and isinstance(self.sampler, RemoteSampler):
+            self.sampler.version = self.weight_sync.version_for(call.model, self._step, exact=call.forward_only)
         if call.forward_only:
             count = num_rows * dp.size
             prompts = self.eval_prompts.draw(self._evaluations * count, count, dp.rank, dp.size)

@@ -158,19 +158,22 @@ def _check_batches(args: Namespace, config: HybridConfig) -> None:
 
 def _check_teacher_settings(args: Namespace, config: HybridConfig, online: OnlineConfig, has_teacher: bool) -> None:
     """Whoever is to be imitated is there, once, and can read what it is to read."""
-    if has_teacher and online.teacher_load is not None:
+    if has_teacher and online.names_teacher:
+        given = "load" if online.teacher_server is None else "server"
         raise ConfigError(
-            f"HybridForwardStep has a teacher of its own, and teacher_load is {online.teacher_load!r}: one of the two "
-            "would be silently ignored. Leave one out."
+            f"HybridForwardStep has a teacher of its own, and teacher_{given} is "
+            f"{online.teacher_load or online.teacher_server!r}: one of the two would be silently ignored. Leave "
+            "one out."
         )
-    if config.imitates and online.teacher_load is None and not has_teacher:
+    if config.imitates and not online.names_teacher and not has_teacher:
         raise ConfigError(
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
-            "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
+            "--hybrid-teacher-load or --hybrid-teacher-server, or set --hybrid-imitation-weight 0 for reward alone."
         )
+    _check_engines(args, config, online)
     if online.teacher_hint is None:
         return
-    if online.teacher_load is None and not has_teacher:
+    if not online.names_teacher and not has_teacher:
         raise ConfigError(
             "teacher_hint is what a teacher reads behind the question, but there is no teacher: give "
             "--hybrid-teacher-load ('self' for a copy of the student), or leave the hint out."
@@ -180,6 +183,34 @@ def _check_teacher_settings(args: Namespace, config: HybridConfig, online: Onlin
             f"the teacher reads a hint that the student does not, and --context-parallel-size is "
             f"{args.context_parallel_size}: a response token would lie on one rank for the student and on another for "
             "the teacher. Use --context-parallel-size 1, or no --hybrid-teacher-hint."
+        )
+
+
+def _check_engines(args: Namespace, config: HybridConfig, online: OnlineConfig) -> None:
+    """What an inference engine's server can do: k log-probs a token, of the model itself, for whole sequences."""
+    if online.rollout_server is not None and config.student_temperature != 1:
+        raise ConfigError(
+            f"student_temperature is {config.student_temperature}, and {online.rollout_server} samples: the log-probs "
+            "that a server gives are those of temperature 1, and importance weights would be of another distribution. "
+            "Use temperature 1, or the student's own decoding."
+        )
+    if online.teacher_server is None:
+        return
+    if config.teacher_payload != "topk":
+        raise ConfigError(
+            f"teacher_payload is {config.teacher_payload!r}, but a server gives its likeliest tokens alone: set "
+            "--hybrid-teacher-payload topk, and --hybrid-teacher-topk to what it allows (vLLM: --max-logprobs, 20 by "
+            "default)."
+        )
+    if config.teacher_temperature != 1:
+        raise ConfigError(
+            f"teacher_temperature is {config.teacher_temperature}, but a server gives log-probs of temperature 1, and "
+            "those of a few tokens cannot be tempered: what all others sum to is unknown. Use temperature 1."
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"--context-parallel-size is {args.context_parallel_size}, but a teacher on a server is asked for whole "
+            "sequences, of which a rank then holds parts. Use 1, or --hybrid-teacher-load."
         )
 
 

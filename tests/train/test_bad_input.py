@@ -143,12 +143,6 @@ CASES = [
         "max_prompt_length is 15, but --seq-length leaves 13 tokens .*Raise --seq-length",
     ),
     (
-        "no prompt short enough",
-        {"hybrid_prompts": "{folder}/prompts.jsonl", "hybrid_max_prompt_length": 0, "hybrid_long_prompts": "drop"},
-        "ConfigError",
-        "max_prompt_length must be at least 1, got 0",
-    ),
-    (
         "reward function that is not there",
         {"hybrid_reward": "0.5*exact_match,1*tests.rewards.user_rewards:missing"},
         "ConfigError",
@@ -173,7 +167,12 @@ CASES = [
         "DataError",
         "none.jsonl: No such file.* Give a readable",
     ),
-    ("not a form we know", {"hybrid_prompts": "questions.txt"}, "ConfigError", "ends in .jsonl, got 'questions.txt'"),
+    (
+        "not a form we know",
+        {"hybrid_prompts": "questions.txt"},
+        "ConfigError",
+        "ends in .jsonl or .parquet, got 'questions.txt'",
+    ),
     (
         "unknown task",
         {"hybrid_prompts": "reasoning_gym:chain_sums"},
