@@ -15,7 +15,7 @@ Answer = Callable[[str, Any], tuple[int, Any]]
 
 @contextmanager
 def serve(answer: Answer, *, key: str | None = None) -> Iterator[str]:
-    """The address of a server that answers so, while the block runs; where there is a key, to requests with it alone."""
+    """The address of a server that answers so, while the block runs; where there is a key, to those who have it."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

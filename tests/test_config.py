@@ -155,3 +155,26 @@ def test_rewards_are_read_with_their_weights() -> None:
 def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OnlineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout_server": "host:8000"}, "rollout_server 'host:8000' is no address of a server: expected http"),
+        ({"teacher_server": "http://"}, "teacher_server 'http://' is no address"),
+        ({"teacher_server": "http://a", "teacher_load": "b"}, "teacher_server is 'http://a' and teacher_load 'b'"),
+        ({"server_api": "vlm"}, "server_api must be one of vllm, sglang; got 'vlm'. Did you mean 'vllm'"),
+        ({"server_requests": 0}, "server_requests must be at least 1, got 0"),
+        ({"rollout_sync_interval": 2}, "there is no rollout_server to give weights to"),
+        ({"rollout_server": "http://a", "rollout_sync_interval": 0}, "rollout_sync_interval must be at least 1, got 0"),
+        ({"rollout_server": "http://a", "rollout_sync_dir": "x"}, "no weights are written: give rollout_sync_interval"),
+    ],
+)
+def test_servers_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OnlineConfig(**settings)
+
+
+def test_a_server_counts_as_a_teacher() -> None:
+    assert OnlineConfig(teacher_server="http://a").names_teacher and OnlineConfig(teacher_load="a").names_teacher
+    assert not OnlineConfig().names_teacher

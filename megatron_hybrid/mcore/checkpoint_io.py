@@ -5,9 +5,9 @@ Megatron cuts them to whatever TP x PP x VPP a job has. Writing builds the real 
 describe its own tensors, so names, stacking of layers and SwiGLU halves are Megatron's business, not ours. Reading
 needs no model. Tensors travel as `{name on disk, layers numbered: tensor}`, the names of `checkpoint/convert.py`.
 
-Data: fp32 or bf16 tensors on the CPU, twice in memory while writing. Writing and reading make a process group of one
-and want none before; a script that writes must guard its main module (`if __name__ == "__main__"`), because Megatron's
-writer starts helpers. Not here: optimizer state, models other than Llama-shaped GPTs.
+Data: fp32 or bf16 tensors on the CPU, twice in memory while writing. Writing makes a process group of one and wants
+none before, reading goes without; a script that writes must guard its main module (`if __name__ == "__main__"`),
+because Megatron's writer starts helpers. Not here: optimizer state, models other than Llama-shaped GPTs.
 """
 
 import os

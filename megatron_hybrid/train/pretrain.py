@@ -188,7 +188,7 @@ def _build_sampler(prepared: Prepared, parallel: ParallelContext) -> tuple[Sampl
     engine = build_engine(online.rollout_server, "the rollout server", online)
     if online.rollout_sync_interval is None:
         return RemoteSampler(engine, **common), None
-    folder = online.rollout_sync_dir or str(Path(online.run_dir) / "rollout_weights")
+    folder = online.rollout_sync_dir or online.run_dir
     sync = WeightSync(engine, interval=online.rollout_sync_interval, folder=folder, tokenizer=tokenizer.name_or_path)
     return RemoteSampler(engine, **common), sync
 

@@ -11,6 +11,7 @@ Not here: transfer from GPU to GPU (NCCL, CUDA IPC); models other than Llama-sha
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from megatron_hybrid.collectives import from_first
 from megatron_hybrid.parallel import GroupView
 from megatron_hybrid.servers.engine import Engine
 
+_OURS = re.compile(r"(megatron|step)_\d{7}")
+
 
 class WeightSync:
     """Knows which weights the server has; collective over all ranks.
@@ -29,14 +32,15 @@ class WeightSync:
     Args:
         engine: the rollout server.
         interval: steps after which it gets new ones.
-        folder: on a file system that all ranks and the server share.
+        folder: on a file system that all ranks and the server share; its subfolder `rollout_weights` is made, and is
+            emptied of older weights.
         tokenizer: Hugging Face folder of the tokenizer, which goes with the weights.
     """
 
     def __init__(self, engine: Engine, *, interval: int, folder: str | Path, tokenizer: str) -> None:
         self.engine = engine
         self.interval = interval
-        self.folder = Path(folder).resolve()
+        self.folder = Path(folder).resolve() / "rollout_weights"
         self.tokenizer = tokenizer
         self._version: int | None = None
         """Steps that the server's weights have seen; None: it was not told yet."""
@@ -59,7 +63,7 @@ class WeightSync:
     def _send(self, model: list[torch.nn.Module], step: int) -> None:
         from megatron_hybrid.mcore.second_model import save_weights, settle_weights
 
-        written, folder = self.folder / f"megatron_{step:07d}", self.folder / f"step_{step:07d}"
+        written, folder = (self.folder / f"{kind}_{step:07d}" for kind in ("megatron", "step"))
         settle_weights(model)
         self._on_rank_0(lambda: self._clear(written, folder))
         save_weights(model, written)
@@ -71,7 +75,7 @@ class WeightSync:
         megatron_folder_to_hf(written, folder, tokenizer=self.tokenizer)
         self.engine.load_weights(str(folder))
         for old in self.folder.iterdir():
-            if old != folder:
+            if old != folder and _OURS.fullmatch(old.name):
                 shutil.rmtree(old, ignore_errors=True)
 
     @staticmethod
