@@ -7,6 +7,7 @@ answered twice without harm. Not here: what bodies and answers mean.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -53,7 +54,7 @@ class JsonServer:
         self._pool = urllib3.PoolManager(
             maxsize=connections,
             timeout=timeout_s,
-            headers={"Accept": "application/json", **(headers or {})},
+            headers={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
             retries=urllib3.Retry(
                 retries,
                 backoff_factor=pause_s / 2,
@@ -90,7 +91,9 @@ class JsonServer:
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
         try:
-            answer = self._pool.request(method, self.url + path, json=body)
+            # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
+            data = None if body is None else json.dumps(body)
+            answer = self._pool.request(method, self.url + path, body=data)
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerError(
@@ -106,8 +109,6 @@ class JsonServer:
             raise self.broken(path, f"refuses with status {status}{tried}", text)
 
     def _json(self, path: str, status: int, text: str) -> Any:
-        import json
-
         self._require_done(path, status, text)
         try:
             return json.loads(text)

@@ -42,6 +42,19 @@ def test_one_request_brings_a_reward_for_every_response():
     }
 
 
+def test_any_text_gets_there_and_is_the_same():
+    hostile = ["\ud800", "\u202e\U0001f600\x00", '"}]', ""]
+    heard = []
+
+    def answer(path, body):
+        heard.extend(item["response"] for item in body["items"])
+        return lengths(path, body)
+
+    with serve(answer) as url:
+        reward(url).score_all(PROMPTS[:1] * 4, hostile)
+    assert heard == hostile
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(status):
     calls = []
