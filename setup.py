@@ -47,10 +47,12 @@ setup(
         "tensorboard",
         "torch",
         "transformers",
+        "urllib3",  # servers of rewards, rollouts and teachers
     ],
     extras_require={
         "rewards": ["math-verify", "reasoning-gym"],
         "gguf": ["accelerate", "gguf"],  # what transformers needs to read a GGUF model such as SmolLM2's
+        "parquet": ["pyarrow"],
         "sentencepiece": ["sentencepiece"],
         "wandb": ["wandb"],
         "gpu": ["transformer-engine[pytorch]"],

@@ -1,8 +1,11 @@
-"""The two collectives of the op, over tensor-parallel ranks. A group of one (or None) issues nothing.
+"""The two collectives of the op, over tensor-parallel ranks, and one rank's find for all. A group of one (or None)
+issues nothing.
 
 No reduction is left to the backend where bits matter: `gather_ranks` hands every rank the same numbers in rank order,
 and whoever merges them locally gets the same bits everywhere.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,3 +29,26 @@ def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
     """One all-gather, summed in rank order [...]: the same bits on every rank, which an all-reduce does not promise."""
     gathered = gather_ranks(values, group)
     return gathered[0] if len(gathered) == 1 else torch.sum(gathered, dim=0)
+
+
+def from_first[T](make: Callable[[], T], axes: Sequence[GroupView]) -> T:
+    """What the rank that is first of every axis makes, on every rank of them; the error that it met, likewise.
+
+    Whatever only one rank may do, such as asking a server, must not leave the others waiting for it when it fails.
+    Collectives: a broadcast of the pickled value along each axis.
+    """
+    found: list[tuple[bool, T | Exception] | None] = [None]
+    if all(axis.rank == 0 for axis in axes):
+        try:
+            found = [(True, make())]
+        except Exception as error:
+            found = [(False, error)]
+    for axis in axes:  # each spreads what those before it have
+        if axis.size > 1:
+            dist.broadcast_object_list(found, group=axis.group, group_src=0)
+    assert found[0] is not None
+    fine, value = found[0]
+    if not fine:
+        assert isinstance(value, Exception)
+        raise value
+    return value  # type: ignore[return-value]

@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from megatron_hybrid.annealing import Annealed, annealed
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.weighted import split_weighted
 
 FUTURE_COSTS = ("closed_form", "sampled")
 BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
@@ -32,6 +34,9 @@ LM_HEADS = ("fused", "logits")
 SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 """Settings that have a schedule, `<setting>_schedule`."""
 FILE_REWARDS = ("exact_match", "math_answer")
+REWARDS = ("by_source", "reasoning_gym", *FILE_REWARDS)
+LONG_PROMPTS = ("refuse", "drop")
+SERVER_APIS = ("vllm", "sglang")
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -232,9 +237,9 @@ class HybridConfig(_FromArguments):
         ):
             value = getattr(self, name)
             if value not in choices:
-                near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}; got {value!r}.{_nearest(value, choices)}"
+                )
 
     def _check_numbers(self) -> None:
         for name in ("group_size", "mini_batches", "ppo_epochs", "teacher_topk"):
@@ -281,10 +286,18 @@ class OnlineConfig(_FromArguments):
     """Where an online run takes its prompts, rewards and teacher from, and what it leaves behind."""
 
     prompts: str | None = setting(
-        None, "training prompts: 'reasoning_gym:task,task' or a .jsonl file with prompt and answer in each line"
+        None,
+        "training prompts: 'reasoning_gym:task,task', or a .jsonl or .parquet file with prompt and answer in each line "
+        "or row; several: SHARE*SOURCE,SHARE*SOURCE",
     )
     eval_prompts: str | None = setting(
-        None, "held-out prompts, same forms; unset with reasoning_gym: other seeds of the same tasks"
+        None, "held-out prompts, same forms; unset: other seeds of the reasoning_gym tasks among the training prompts"
+    )
+    max_prompt_length: int | None = setting(
+        None, "tokens a prompt may have; unset: what the sequence length leaves beside a response"
+    )
+    long_prompts: str = setting(
+        "refuse", "prompts with more tokens than that end the run before it starts, or are dropped", LONG_PROMPTS
     )
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
@@ -309,8 +322,32 @@ class OnlineConfig(_FromArguments):
         "what the teacher reads behind the question and the student does not, with {answer} filled in: on-policy "
         "self-distillation from a hint or solution",
     )
+    teacher_server: str | None = setting(
+        None,
+        "http:// address of an inference engine that is the teacher, in place of teacher_load; needs teacher_payload "
+        "topk",
+    )
+    rollout_server: str | None = setting(
+        None, "http:// address of an inference engine that samples, in place of the student's own decoding"
+    )
+    rollout_sync_interval: int | None = setting(
+        None, "rollout_server: steps after which it is given the student's weights; unset: it keeps its own"
+    )
+    rollout_sync_dir: str | None = setting(
+        None, "folder for those weights, on a disk that all ranks and the server share; unset: in run_dir"
+    )
+    server_api: str = setting(
+        "vllm", "what rollout_server and teacher_server are: vllm (its OpenAI-compatible server) or sglang", SERVER_APIS
+    )
+    server_requests: int = setting(64, "requests to an inference engine that are under way at a time, per replica")
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
-    file_reward: str = setting("exact_match", "reward of questions from a file", FILE_REWARDS)
+    reward: str = setting(
+        "by_source",
+        "what a response earns: by_source (a reasoning-gym question by its task's own scorer, one of a file by "
+        "file_reward), reasoning_gym, exact_match, math_answer, a function of your own as module:function, or the "
+        "http:// address of a server; several, comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
+    )
+    file_reward: str = setting("exact_match", "reward by_source: that of questions from a file", FILE_REWARDS)
     truncated_reward: float | None = setting(
         None, "what a response earns that was cut off at the length limit; unset: its score"
     )
@@ -318,12 +355,46 @@ class OnlineConfig(_FromArguments):
         10, "steps between measurements of the dense and sparse gradient norms, which make the logits once more"
     )
     samples_interval: int = setting(10, "steps between entries of the table of samples")
+    server_timeout: float = setting(600.0, "seconds that one request to a server may take")
+    server_retries: int = setting(
+        5, "times a request that failed is tried again, with pauses that double from one second"
+    )
+
+    @property
+    def rewards(self) -> list[tuple[float, str]]:
+        """The rewards and their weights."""
+        return split_weighted("reward", self.reward)
 
     def __post_init__(self) -> None:
-        for name in ("max_response_length", "rollout_batch_size", "gradient_norms_interval", "samples_interval"):
+        for name in ("prompts", "eval_prompts"):
+            for share, source in split_weighted(name, getattr(self, name) or "unset"):
+                if share < 0:
+                    raise ConfigError(
+                        f"{name} gives {source!r} the share {share}: it cannot be less than nothing. Leave it out."
+                    )
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ConfigError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
+        if self.long_prompts not in LONG_PROMPTS:
+            raise ConfigError(f"long_prompts must be one of {', '.join(LONG_PROMPTS)}; got {self.long_prompts!r}.")
+        for _, name in self.rewards:
+            _check_reward(name)
+        if self.file_reward != FILE_REWARDS[0] and "by_source" not in [name for _, name in self.rewards]:
+            raise ConfigError(
+                f"file_reward is {self.file_reward!r}, but reward {self.reward!r} does not ask it: it is part of the "
+                "reward by_source. Name it as the reward itself."
+            )
+        for name in (
+            "max_response_length",
+            "rollout_batch_size",
+            "gradient_norms_interval",
+            "samples_interval",
+            "server_requests",
+            "rollout_sync_interval",
+        ):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        self._check_servers()
         self_teacher = re.search(r"(^|[=*,])\s*self\s*(,|$)", self.teacher_load or "") is not None
         for name in ("teacher_ema_decay", "teacher_refresh_interval"):
             value = getattr(self, name)
@@ -341,6 +412,68 @@ class OnlineConfig(_FromArguments):
                 "teacher_ema_decay and teacher_refresh_interval are both set: the copy is either averaged or taken "
                 "anew. Leave one out."
             )
+
+    def _check_servers(self) -> None:
+        """Rewards, rollouts and teachers that are asked over HTTP."""
+        for name in ("teacher_server", "rollout_server"):
+            if (url := getattr(self, name)) is not None:
+                check_url(name, url)
+        if self.teacher_server is not None and self.teacher_load is not None:
+            raise ConfigError(
+                f"teacher_server is {self.teacher_server!r} and teacher_load {self.teacher_load!r}: one of the two "
+                "would be silently ignored. Leave one out."
+            )
+        if self.server_api not in SERVER_APIS:
+            raise ConfigError(
+                f"server_api must be one of {', '.join(SERVER_APIS)}; got {self.server_api!r}."
+                f"{_nearest(self.server_api, SERVER_APIS)}"
+            )
+        if self.rollout_server is None and self.rollout_sync_interval is not None:
+            raise ConfigError(
+                f"rollout_sync_interval is {self.rollout_sync_interval}, but there is no rollout_server to give "
+                "weights to: give its address, or leave the interval out."
+            )
+        if self.rollout_sync_interval is None and self.rollout_sync_dir is not None:
+            raise ConfigError(
+                f"rollout_sync_dir is {self.rollout_sync_dir!r}, but no weights are written: give "
+                "rollout_sync_interval."
+            )
+        if not (math.isfinite(self.server_timeout) and self.server_timeout > 0):
+            raise ConfigError(f"server_timeout must be a finite number of seconds > 0, got {self.server_timeout}.")
+        if self.server_retries < 0:
+            raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
+
+    @property
+    def names_teacher(self) -> bool:
+        """Whether a teacher is asked for."""
+        return self.teacher_load is not None or self.teacher_server is not None
+
+
+def check_url(name: str, url: str) -> None:
+    """Raises ConfigError unless `url` is an address that can be asked."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        fits = False
+    if not fits:
+        raise ConfigError(f"{name} {url!r} is no address of a server: expected http://HOST:PORT or https://HOST.")
+
+
+def _check_reward(name: str) -> None:
+    if "://" in name:
+        check_url("reward", name)
+    elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) and name not in REWARDS:
+        several = " Several rewards need a weight each, as in 1*exact_match,0.5*math_answer." if "," in name else ""
+        raise ConfigError(
+            f"reward must be one of {', '.join(REWARDS)}, module:function, or http://...; got {name!r}."
+            f"{_nearest(name, REWARDS)}{several}"
+        )
+
+
+def _nearest(value: Any, choices: tuple[str, ...]) -> str:
+    near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

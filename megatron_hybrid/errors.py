@@ -21,6 +21,10 @@ class RewardError(HybridError, ValueError):
     """A reward function returned something that is not a finite number."""
 
 
+class ServerError(HybridError, RuntimeError):
+    """A server that the run depends on is down, refuses, or answers something else than it should."""
+
+
 class ShapeError(HybridError, ValueError):
     """A tensor has the wrong shape, type or device."""
 

@@ -40,6 +40,8 @@ MEANINGS = {
     "actor/imitation_weight": "beta at this step",
     "actor/discount": "gamma at this step",
     "critic/score": "reward as the rubric gave it, per response (/mean, /max, /min, and /<task>)",
+    "rewards": "of several rewards, the score of each before its weight, per response (/<reward>/mean and "
+    "/<reward>/<task>)",
     "critic/rewards": "reward as the objective sees it, per response (/mean, /max, /min)",
     "critic/advantages": "advantage per response token, times its importance weight (/mean, /max, /min)",
     "response_length": "tokens of a response (/mean, /max, /min); /clip_ratio: share of responses cut off at the limit",
@@ -66,6 +68,7 @@ MEANINGS = {
     "training/infinite_kl_tokens": "response tokens of infinite divergence, which gives them no dense gradient: the "
     "teacher forbids what the student may say (see teacher_logit_floor), or under forward_kl the other way round",
     "val/score": "held-out reward per response (and /<task>)",
+    "val/rewards": "held-out score of each of several rewards (/<reward>/mean and /<reward>/<task>)",
     "val/kl": "held-out reverse KL to the teacher, nats per response token; of a topk payload its lower bound",
     "val/kl_per_response": "held-out reverse KL of a whole response (trajectory), nats",
     "val/entropy": "held-out entropy, nats per response token",

@@ -79,7 +79,7 @@ class RewardBatch:
 
     rewards: Tensor
     """[b] fp32."""
-    breakdown: dict[str, Tensor]
+    breakdown: dict[str, Tensor] = field(default_factory=dict)
     """Name of a reward function to its unweighted scores [b] fp32."""
 
 

@@ -116,3 +116,65 @@ def test_a_copy_may_be_one_of_several_teachers(load):
 def test_a_chunk_size_that_means_nothing_is_refused(settings):
     with pytest.raises(ConfigError, match="lm_head_chunk_size is .* fused head makes at a time"):
         HybridConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward": "exact"}, "got 'exact'. Did you mean 'exact_match'?"),
+        ({"reward": "exact_match,math_answer"}, "Several rewards need a weight each"),
+        ({"reward": "my_module:"}, "reward must be one of by_source, .*got 'my_module:'"),
+        ({"reward": "1*by_source,1*2bad:f"}, "got '2bad:f'"),
+        ({"reward": "ftp://host/x"}, "no address of a server: expected http"),
+        ({"reward": "http:///x"}, "no address of a server"),
+        ({"reward": "http://host:port"}, "no address of a server"),
+        ({"reward": "exact_match", "file_reward": "math_answer"}, "part of the reward by_source"),
+        ({"server_timeout": 0.0}, "server_timeout must be a finite number of seconds > 0, got 0.0"),
+        ({"server_retries": -1}, "server_retries must be at least 0, got -1"),
+    ],
+)
+def test_a_reward_that_nobody_knows_is_refused_with_the_nearest_one(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        OnlineConfig(**settings)
+
+
+def test_rewards_are_read_with_their_weights() -> None:
+    assert OnlineConfig().rewards == [(1.0, "by_source")]
+    assert OnlineConfig(reward="2*math_answer,-1*pkg.mod:f").rewards == [(2.0, "math_answer"), (-1.0, "pkg.mod:f")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": "-1*a.jsonl,2*b.jsonl"}, "prompts gives 'a.jsonl' the share -1.0"),
+        ({"eval_prompts": "a.jsonl,2*b.jsonl"}, "'a.jsonl' has no weight"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+        ({"long_prompts": "cut"}, "long_prompts must be one of refuse, drop; got 'cut'"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OnlineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout_server": "host:8000"}, "rollout_server 'host:8000' is no address of a server: expected http"),
+        ({"teacher_server": "http://"}, "teacher_server 'http://' is no address"),
+        ({"teacher_server": "http://a", "teacher_load": "b"}, "teacher_server is 'http://a' and teacher_load 'b'"),
+        ({"server_api": "vlm"}, "server_api must be one of vllm, sglang; got 'vlm'. Did you mean 'vllm'"),
+        ({"server_requests": 0}, "server_requests must be at least 1, got 0"),
+        ({"rollout_sync_interval": 2}, "there is no rollout_server to give weights to"),
+        ({"rollout_server": "http://a", "rollout_sync_interval": 0}, "rollout_sync_interval must be at least 1, got 0"),
+        ({"rollout_server": "http://a", "rollout_sync_dir": "x"}, "no weights are written: give rollout_sync_interval"),
+    ],
+)
+def test_servers_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OnlineConfig(**settings)
+
+
+def test_a_server_counts_as_a_teacher() -> None:
+    assert OnlineConfig(teacher_server="http://a").names_teacher and OnlineConfig(teacher_load="a").names_teacher
+    assert not OnlineConfig().names_teacher

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_hybrid"
 TORCH_LEAVES = {"records", "parallel", "collectives", "metrics"}
-LEAVES = {"errors", "annealing", "config"} | TORCH_LEAVES
+LEAVES = {"errors", "annealing", "weighted", "config"} | TORCH_LEAVES
 ANYTHING = None
 
 
@@ -35,7 +35,8 @@ TORCH = {"torch"}
 RULES = {
     "errors": Rule(set(), outside=set()),
     "annealing": Rule({"errors"}, outside=set()),
-    "config": Rule({"errors", "annealing"}, outside=set()),
+    "weighted": Rule({"errors"}, outside=set()),
+    "config": Rule({"errors", "annealing", "weighted"}, outside=set()),
     **{leaf: Rule({"errors"} | TORCH_LEAVES, outside=TORCH) for leaf in TORCH_LEAVES},
     "ops": Rule(LEAVES - {"config"}, outside=TORCH, late_outside=frozenset({"triton"})),
     "ops/triton_kernels": Rule({"ops"}, outside={"triton"}),  # needs it to define kernels; is imported late itself
@@ -43,15 +44,28 @@ RULES = {
     "returns": Rule(LEAVES, outside=TORCH),
     "runtime": Rule(LEAVES, late_outside=frozenset({"megatron"})),
     "mcore": Rule(LEAVES | {"runtime"}, never_at_import=frozenset()),
+    "servers": Rule({"errors", "config"}, outside={"urllib3"}),
     "prompts": Rule(LEAVES),
-    "rewards": Rule(LEAVES),
-    "rollouts": Rule(LEAVES | {"runtime", "mcore"}),
-    "teachers": Rule(LEAVES | {"runtime", "mcore"}),
+    "rewards": Rule(LEAVES | {"servers"}),
+    "rollouts": Rule(LEAVES | {"servers", "runtime", "mcore"}),
+    "teachers": Rule(LEAVES | {"servers", "runtime", "mcore"}),
     "schedule": Rule(LEAVES | {"ops", "mcore"}, never_at_import=frozenset()),
     "checkpoint": Rule(LEAVES | {"mcore"}),
     "train": Rule(
         LEAVES
-        | {"ops", "returns", "runtime", "mcore", "prompts", "rewards", "rollouts", "teachers", "schedule", "checkpoint"}
+        | {
+            "servers",
+            "ops",
+            "returns",
+            "runtime",
+            "mcore",
+            "prompts",
+            "rewards",
+            "rollouts",
+            "teachers",
+            "schedule",
+            "checkpoint",
+        }
     ),
     "cli": Rule(
         {"config", "errors"},

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras="rewards,gguf,sentencepiece,wandb,test,dev"
+extras="rewards,gguf,parquet,sentencepiece,wandb,test,dev"
 cache="${MEGATRON_HYBRID_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/megatron_hybrid}"
 wanted="$(head -n 1 .python-version)"
 

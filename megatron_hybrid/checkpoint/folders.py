@@ -73,6 +73,8 @@ def megatron_folder_to_hf(
     on_stage("reading")
     state, args = load_megatron_state(load)
     hf_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer or args["tokenizer_model"]))
+    if args.get("vocab_size") is None:  # Megatron took it from the tokenizer and kept the padded one alone
+        args = {**args, "vocab_size": len(hf_tokenizer)}
     on_stage("renaming")
     special = {name: getattr(hf_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = {**megatron_args_to_hf_config(args), **special}

@@ -5,9 +5,9 @@ Megatron cuts them to whatever TP x PP x VPP a job has. Writing builds the real 
 describe its own tensors, so names, stacking of layers and SwiGLU halves are Megatron's business, not ours. Reading
 needs no model. Tensors travel as `{name on disk, layers numbered: tensor}`, the names of `checkpoint/convert.py`.
 
-Data: fp32 or bf16 tensors on the CPU, twice in memory while writing. Writing and reading make a process group of one
-and want none before; a script that writes must guard its main module (`if __name__ == "__main__"`), because Megatron's
-writer starts helpers. Not here: optimizer state, models other than Llama-shaped GPTs.
+Data: fp32 or bf16 tensors on the CPU, twice in memory while writing. Writing makes a process group of one and wants
+none before, reading goes without; a script that writes must guard its main module (`if __name__ == "__main__"`),
+because Megatron's writer starts helpers. Not here: optimizer state, models other than Llama-shaped GPTs.
 """
 
 import os
@@ -160,6 +160,17 @@ def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], ar
     return folder
 
 
+def _whole_tensors(inner: Path, names: set[str]) -> dict[str, Tensor]:
+    """Tensors of a torch_dist folder, read by this process alone, whatever process groups there are."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(inner)
+    kept: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    empty: dict[str, Any] = {name: torch.empty(kept[name].size, dtype=kept[name].properties.dtype) for name in names}
+    load(empty, storage_reader=reader, no_dist=True)
+    return empty
+
+
 def load_megatron_args(folder: str | Path) -> dict[str, Any]:
     """The arguments stored in a checkpoint, without its tensors."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint_folder(folder)))
@@ -179,8 +190,7 @@ def load_megatron_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str
     inner = checkpoint_folder(folder)
     args = load_megatron_args(folder)
     wanted = {k: v for k, v in dist_checkpointing.load_tensors_metadata(str(inner)).items() if k.startswith(_WEIGHTS)}
-    with single_rank():
-        plain = dist_checkpointing.load(wanted, str(inner), validate_access_integrity=False)
+    plain = _whole_tensors(inner, set(wanted))
     state: dict[str, Tensor] = {}
     stacked: dict[str, Tensor] = {}
     for name in wanted:

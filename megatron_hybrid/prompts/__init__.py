@@ -1,6 +1,9 @@
 """From a task name or a file to prompts ready for the model.
 
-    sources.py (jsonl.py | reasoning_gym.py) ──Question──► template.py ──token ids──► stream.py ──► list[Prompt]
+    sources.py ──Question──► order.py ──► template.py ──token ids──► stream.py ──► list[Prompt]
+
+    reasoning_gym.py   generated questions          file_source.py   those of a file (jsonl.py | parquet.py)
+    mixture.py         several sources in shares    question.py      what a question and a source are
 
 Nothing here knows a model, a reward or Megatron; everything is checked before any model exists.
 """

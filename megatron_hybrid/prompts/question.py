@@ -1,6 +1,6 @@
 """What a source gives, and what makes something a source."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,10 @@ class Question:
     """Solved questions (question, answer) shown before this one, to teach a small model the form of an answer."""
 
 
+Refuse = Callable[[Question], str | None]
+"""Why a question cannot be used, in words that count alike (`longer than 79 tokens`); None: it can."""
+
+
 class PromptSource(Protocol):
     """Questions by number. Question `index` never changes, whatever was asked before."""
 
@@ -27,8 +31,21 @@ class PromptSource(Protocol):
         """Number of questions; None: any index >= 0 gives one."""
         ...
 
+    @property
+    def tasks(self) -> frozenset[str]:
+        """Every task that its questions can have."""
+        ...
+
     def item(self, index: int) -> Question: ...
+
+    def probe(self, count: int) -> Iterator[Question]:
+        """All questions that can be counted, and the first `count` of those that cannot."""
+        ...
 
     def without(self, texts: Collection[str]) -> "PromptSource":
         """The same source, guaranteed to never give a question with one of these texts."""
+        ...
+
+    def fitting(self, refuse: Refuse) -> "PromptSource":
+        """The same source without the questions that `refuse` has something against; says in the log how many."""
         ...

@@ -10,24 +10,30 @@ and nothing else. Numbers are split once and for all, so held-out questions are 
     [2^21, 2^32)   training, chosen likewise (random access, and seeds that do not run into each other: with
                    reasoning-gym's own scheme, seed + index, seed 1 is seed 0 shifted by one question)
 
-Different numbers may still give the same text (there are only 200 sums of two digits); `without` redraws those.
+Different numbers may still give the same text (there are only 200 sums of two digits); `without` redraws those, and
+`fitting` those that cannot be used.
 """
 
 import ast
 import hashlib
 import importlib
-from collections.abc import Collection, Sequence
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
 from megatron_hybrid.errors import ConfigError, DataError
-from megatron_hybrid.prompts.question import Question
+from megatron_hybrid.prompts.question import Question, Refuse
 
 _HELD_OUT = range(0, 2**20)
 _EXAMPLES = range(2**20, 2**21)
 _TRAINING = range(2**21, 2**32)  # numpy, which a few tasks use, takes no larger seed
 _ATTEMPTS = 100  # redraws of a held-out text; if nine in ten questions are held out, all fail once in 40 000 questions
+_LOOKED_AT = 64  # questions from which `fitting` says what share is redrawn
+
+_log = logging.getLogger(__name__)
 
 RUNS_THE_ANSWER = (
     "binary_matrix",
@@ -117,22 +123,65 @@ class ReasoningGymSource:
         seed: int = 0,
         held_out: bool = False,
         exclude: Collection[str] = (),
+        refuse: Refuse | None = None,
     ) -> None:
         self.settings = tuple(settings)
         self._seed = seed
         self._held_out = held_out
         self._exclude = frozenset(exclude)
+        self._refuse = refuse
         self._tasks = [_Task(setting) for setting in self.settings]
+        self.tasks = frozenset(task.name for task in self._tasks)
 
     def item(self, index: int) -> Question:
+        turned_down: set[str] = set()
+        while len(turned_down) < _ATTEMPTS:
+            question = self._question(index, turned_down)
+            why = None if self._refuse is None else self._refuse(question)
+            if why is None:
+                return question
+            turned_down.add(question.text)
+        raise DataError(
+            f"reasoning-gym task {question.task!r} gave {_ATTEMPTS} questions that are all {why}. Allow longer "
+            "prompts, or use a smaller configuration of the task."
+        )
+
+    def probe(self, count: int) -> Iterator[Question]:
+        return (self.item(index) for index in range(count))
+
+    def without(self, texts: Collection[str]) -> "ReasoningGymSource":
+        return self._changed(self._exclude | frozenset(texts), self._refuse)
+
+    def fitting(self, refuse: Refuse) -> "ReasoningGymSource":
+        reasons = Counter((question.task, why) for question in self.probe(_LOOKED_AT) if (why := refuse(question)))
+        for (task, why), number in reasons.items():
+            of_task = sum(self._tasks[index % len(self._tasks)].name == task for index in range(_LOOKED_AT))
+            _log.warning(
+                "reasoning_gym:%s: %d of the first %d questions are %s: others are drawn instead of such",
+                task,
+                number,
+                of_task,
+                why,
+            )
+        return self._changed(self._exclude, refuse)
+
+    def _changed(self, exclude: frozenset[str], refuse: Refuse | None) -> "ReasoningGymSource":
+        return ReasoningGymSource(
+            self.settings, seed=self._seed, held_out=self._held_out, exclude=exclude, refuse=refuse
+        )
+
+    def _question(self, index: int, turned_down: Collection[str]) -> Question:
+        """Question `index`, or what is drawn in the place of those turned down."""
         place, which = divmod(index, len(self._tasks))
         task = self._tasks[which]
-        if self._held_out:
-            if place not in _HELD_OUT:
-                raise DataError(f"held-out question {index} asked for, but each task holds out {len(_HELD_OUT)}.")
-            record = task.record(_HELD_OUT[place])
+        if not self._held_out:
+            record = self._draw(task, _TRAINING, index, self._exclude.union(turned_down))
+        elif place not in _HELD_OUT:
+            raise DataError(f"held-out question {index} asked for, but each task holds out {len(_HELD_OUT)}.")
+        elif turned_down:
+            record = self._draw(task, _HELD_OUT, index, turned_down)
         else:
-            record = self._draw(task, _TRAINING, index, self._exclude)
+            record = task.record(_HELD_OUT[place])
         return Question(
             record["question"].strip(),
             task.name,
@@ -140,10 +189,6 @@ class ReasoningGymSource:
             {"source": "reasoning_gym", "task": task.name, "parameters": task.parameters, "record": record},
             self._examples(task, index, record["question"].strip()),
         )
-
-    def without(self, texts: Collection[str]) -> "ReasoningGymSource":
-        exclude = self._exclude | frozenset(texts)
-        return ReasoningGymSource(self.settings, seed=self._seed, held_out=self._held_out, exclude=exclude)
 
     def _examples(self, task: "_Task", index: int, text: str) -> tuple[tuple[str, str], ...]:
         """Never the question itself, never one that is held out, none twice."""

@@ -1,15 +1,12 @@
 """The order of prompts: a pure function of (seed, position), so a run resumes from the number of prompts it consumed.
 
-Position p of a finite source is entry p mod n of epoch p div n; each epoch is a new permutation. A generated source has
-no end and no order of its own: position p is its question p. Data-parallel ranks take neighbouring slices of a draw, so
-a draw holds the same prompts for every dp_size. No state, no collectives.
+`order.py` says which question stands at a position. Data-parallel ranks take neighbouring slices of a draw, so a draw
+holds the same prompts for every dp_size. No state, no collectives.
 """
 
-import random
-from functools import lru_cache
-
 from megatron_hybrid.errors import ConfigError, DataError
-from megatron_hybrid.prompts.question import PromptSource, Question
+from megatron_hybrid.prompts.order import Order
+from megatron_hybrid.prompts.question import PromptSource, Question, Refuse
 from megatron_hybrid.prompts.template import PromptTemplate
 from megatron_hybrid.records import Prompt
 
@@ -32,15 +29,12 @@ class PromptStream:
             )
         if source.size is not None and source.size < 1:
             raise DataError("the source has no questions: a stream needs at least one.")
-        self._source = source
+        self._order = Order(source, seed=seed)
         self._template = template
-        self._seed = seed
         self._max_prompt_length = max_prompt_length
-        self._permutation = lru_cache(maxsize=2)(self._shuffle)  # a draw may straddle two epochs
         self.size = source.size
         """Questions before the first repetition; None for generated ones."""
-        checked = range(_SAMPLE_OF_GENERATED if source.size is None else source.size)
-        self._require_short([self._encode(source.item(index), prompt_id=index) for index in checked])
+        self._require_short([self._encode(question, prompt_id=0) for question in source.probe(_SAMPLE_OF_GENERATED)])
 
     def draw(self, start: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> list[Prompt]:
         """This rank's share of the prompts at positions [start, start + count).
@@ -54,21 +48,9 @@ class PromptStream:
                 "must be >= 0 and 0 <= dp_rank < dp_size."
             )
         positions = range(start + count * dp_rank // dp_size, start + count * (dp_rank + 1) // dp_size)
-        prompts = [self._encode(self._question(position), prompt_id=position) for position in positions]
+        prompts = [self._encode(self._order.question(position), prompt_id=position) for position in positions]
         self._require_short(prompts)
         return prompts
-
-    def _question(self, position: int) -> Question:
-        if self._source.size is None:
-            return self._source.item(position)
-        epoch, place = divmod(position, self._source.size)
-        return self._source.item(self._permutation(epoch)[place])
-
-    def _shuffle(self, epoch: int) -> list[int]:
-        assert self._source.size is not None
-        order = list(range(self._source.size))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)  # a text seed is hashed with SHA-512: no epoch overlaps
-        return order
 
     def _encode(self, question: Question, *, prompt_id: int) -> Prompt:
         ids = self._template.encode(question)
@@ -83,7 +65,8 @@ class PromptStream:
                 f"{len(too_long)} of {len(prompts)} prompts are longer than {self._max_prompt_length} tokens; the "
                 f"longest has {len(longest.token_ids)} (task {longest.task!r}: {_excerpt(longest.text)}). Cut prompts "
                 "would ask something else, so none are: raise the sequence length, lower max_response_length, shorten "
-                "the system prompt, or take these questions out (reasoning-gym: a smaller configuration of the task)."
+                "the system prompt, or take these questions out (--hybrid-long-prompts drop; reasoning-gym: a smaller "
+                "configuration of the task)."
             )
         too_long = [prompt for prompt in prompts if len(prompt.teacher_token_ids or ()) > self._max_prompt_length]
         if too_long:
@@ -95,6 +78,19 @@ class PromptStream:
                 "reads hint and response in one sequence: raise the sequence length, lower max_response_length, or "
                 "shorten the hint."
             )
+
+
+def too_long(template: PromptTemplate, max_prompt_length: int) -> Refuse:
+    """What a source is told to leave out, where long prompts are dropped and not refused."""
+
+    def refuse(question: Question) -> str | None:
+        if len(template.encode(question)) > max_prompt_length:
+            return f"longer than {max_prompt_length} tokens"
+        if len(template.encode_for_teacher(question) or ()) > max_prompt_length:
+            return f"longer than {max_prompt_length} tokens with the teacher's hint"
+        return None
+
+    return refuse
 
 
 def _excerpt(text: str, length: int = 80) -> str:

@@ -1,6 +1,7 @@
 """What a reward is, and where an answer stands in a response."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from megatron_hybrid.records import Prompt
 
@@ -13,6 +14,18 @@ class Reward(Protocol):
     """Whether it works in the main thread only (alarm signals do); other rewards are made while the teacher reads."""
 
     def score(self, prompt: Prompt, response: str) -> float: ...
+
+
+@runtime_checkable
+class BatchReward(Protocol):
+    """As `Reward`, for one that judges many responses at a time."""
+
+    name: str
+    main_thread_only: bool
+
+    def score_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """A score per response, in order."""
+        ...
 
 
 def extract_answer(response: str) -> str:

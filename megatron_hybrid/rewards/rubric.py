@@ -6,22 +6,24 @@ The breakdown keeps every score as its reward function gave it, before weights a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from megatron_hybrid.errors import ConfigError, RewardError
 from megatron_hybrid.records import Prompt, RewardBatch, RolloutBatch
-from megatron_hybrid.rewards.base import Reward
+from megatron_hybrid.rewards.base import BatchReward, Reward
 
 
 class Rubric:
     """
-    rewards            name to (reward, weight); a negative weight makes a penalty
+    rewards            name to (reward, weight); a negative weight makes a penalty. Names are those of metrics
     truncated_reward   what a response earns that ran out of room; None: its score, like any other
     """
 
-    def __init__(self, rewards: Mapping[str, tuple[Reward, float]], *, truncated_reward: float | None = None) -> None:
+    def __init__(
+        self, rewards: Mapping[str, tuple[Reward | BatchReward, float]], *, truncated_reward: float | None = None
+    ) -> None:
         if not rewards:
             raise ConfigError("a rubric needs at least one reward, got none: every response would earn 0.")
         numbers = {f"weight of {name!r}": weight for name, (_, weight) in rewards.items()}
@@ -29,36 +31,43 @@ class Rubric:
             if value is not None and not math.isfinite(value):
                 raise ConfigError(f"the {what} must be a finite number, got {value}: it would reach every gradient.")
         self._rewards = dict(rewards)
+        self.names = tuple(self._rewards)
         self._truncated_reward = truncated_reward
         self.main_thread_only = any(reward.main_thread_only for reward, _ in self._rewards.values())
 
     def score(self, rollouts: RolloutBatch) -> RewardBatch:
-        """Rewards [b] fp32 on the device of the tokens. Reads prompts, responses and truncated; no collectives."""
-        pairs = list(zip(rollouts.prompts, rollouts.responses, strict=True))
-        scores = {
-            name: [_checked(name, reward, *pair) for pair in pairs] for name, (reward, _) in self._rewards.items()
-        }
+        """Rewards [b] fp32, on the CPU. Reads prompts, responses and truncated; no collectives.
+
+        May run beside the main thread, which is why nothing here touches an accelerator.
+        """
+        prompts, responses = rollouts.prompts, rollouts.responses
+        scores = {name: _scores(name, reward, prompts, responses) for name, (reward, _) in self._rewards.items()}
         totals = [
             math.fsum(weight * scores[name][row] for name, (_, weight) in self._rewards.items())
-            for row in range(len(pairs))
+            for row in range(len(prompts))
         ]
         if self._truncated_reward is not None:
             earned = zip(totals, rollouts.truncated, strict=True)
             totals = [self._truncated_reward if truncated else total for total, truncated in earned]
-
-        device = rollouts.tokens.device
         return RewardBatch(
-            rewards=torch.tensor(totals, dtype=torch.float32, device=device),
-            breakdown={name: torch.tensor(s, dtype=torch.float32, device=device) for name, s in scores.items()},
+            rewards=torch.tensor(totals, dtype=torch.float32),
+            breakdown={name: torch.tensor(s, dtype=torch.float32) for name, s in scores.items()},
         )
 
 
-def _checked(name: str, reward: Reward, prompt: Prompt, response: str) -> float:
-    score = float(reward.score(prompt, response))
-    if not math.isfinite(score):
-        raise RewardError(
-            f"reward {name!r} gave {score} for prompt {prompt.prompt_id} (task {prompt.task!r}: {prompt.text!r}) and "
-            f"response {response!r}: expected a finite number, one NaN would reach every weight of the model. "
-            "Return a number for every response; 0 for one that cannot be judged."
-        )
-    return score
+def _scores(
+    name: str, reward: Reward | BatchReward, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[float]:
+    pairs = list(zip(prompts, responses, strict=True))
+    if isinstance(reward, BatchReward):
+        scores = reward.score_all(prompts, responses)
+    else:
+        scores = [float(reward.score(prompt, response)) for prompt, response in pairs]
+    for score, (prompt, response) in zip(scores, pairs, strict=True):
+        if not math.isfinite(score):
+            raise RewardError(
+                f"reward {name!r} gave {score} for prompt {prompt.prompt_id} (task {prompt.task!r}: {prompt.text!r}) "
+                f"and response {response!r}: expected a finite number, one NaN would reach every weight of the model. "
+                "Return a number for every response; 0 for one that cannot be judged."
+            )
+    return scores

@@ -6,6 +6,7 @@
     frozen.py    a model of any shape from its checkpoint      snapshot.py  a copy of the student, fixed or averaged
     tasks.py     a teacher for each task                       mixture.py   several teachers as one distribution
     topk.py      the most likely tokens of another teacher     blocks.py    how many rows of logits at once
+    remote.py    those of an inference engine's server
 
 Payloads of whole distributions are hidden states and the teachers' own heads: logits [n, v/tp] exist only while they
 are read. A teacher of one's own is an object with `annotate`, passed as `HybridForwardStep(teacher=...)`.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.weighted import weighted
 
 SELF = "self"
 """The source that is a copy of the student."""
@@ -61,50 +62,40 @@ def parse_teachers(text: str) -> TeacherSpec:
         ConfigError: mixed forms, an empty path, a task or source twice, a weight that is not above 0.
     """
     parts = [part.strip() for part in text.split(",")]
-    weighted, of_tasks = _split_all(parts, _weight), _split_all(parts, _task)
-    pairs = weighted or of_tasks
-    if pairs is None and len(parts) > 1:
+    mixture, of_tasks = _split_all(parts, weighted), _split_all(parts, _task)
+    paths = [path for _, path in mixture or of_tasks or [("", parts[0])]]
+    if mixture is None and of_tasks is None and len(parts) > 1:
         raise ConfigError(
             f"teacher_load {text!r} has {len(parts)} parts that are not all of one form: several teachers are either "
             f"one for each task or a mixture. Expected {_FORMS}."
         )
-    if not all(path for _, path in pairs or [("", parts[0])]):
+    if not all(paths):
         raise ConfigError(f"teacher_load {text!r} has an empty path: nothing could be loaded. Expected {_FORMS}.")
-    if weighted is not None:
-        return _mixture(text, weighted)
+    if mixture is not None:
+        return _mixture(text, mixture)
     if of_tasks is not None:
         _refuse_twice(text, "task", [task for task, _ in of_tasks])
         return TeacherSpec(tuple(dict.fromkeys(path for _, path in of_tasks)), source_of_task=dict(of_tasks))
     return TeacherSpec((parts[0],))
 
 
-def _mixture(text: str, weighted: list[tuple[str, str]]) -> TeacherSpec:
-    weights = [float(weight) for weight, _ in weighted]
+def _mixture(text: str, mixture: list[tuple[float, str]]) -> TeacherSpec:
+    weights = [weight for weight, _ in mixture]
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(
                 f"teacher_load {text!r} has the weight {weight}: a share of a mixture must be a finite number > 0. "
                 "Leave out a teacher that should have none."
             )
-    sources = [path for _, path in weighted]
+    sources = [path for _, path in mixture]
     _refuse_twice(text, "checkpoint", sources)
     return TeacherSpec(tuple(sources), weights=tuple(weight / sum(weights) for weight in weights))
 
 
-def _split_all(parts: list[str], split: Callable[[str], tuple[str, str] | None]) -> list[tuple[str, str]] | None:
+def _split_all[T](parts: list[str], split: Callable[[str], tuple[T, str] | None]) -> list[tuple[T, str]] | None:
     """Every part as a pair, or None where not all of them are one."""
     pairs = [pair for part in parts if (pair := split(part)) is not None]
     return pairs if len(pairs) == len(parts) else None
-
-
-def _weight(part: str) -> tuple[str, str] | None:
-    """WEIGHT*PATH as (weight, path)."""
-    weight, star, path = part.partition("*")
-    try:
-        float(weight)
-    except ValueError:
-        return None
-    return (weight, path.strip()) if star else None
 
 
 def _task(part: str) -> tuple[str, str] | None:

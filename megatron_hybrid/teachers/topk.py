@@ -8,7 +8,7 @@ the teacher's head. What the k tokens leave is one bucket to it.
 Each logit and its id make one int64, ordered as the logits are and then by falling id. So integers are what is sorted:
 equal logits have one order on every rank and device, and one all-gather of 8 (k + 2) bytes per token, the shards'
 maxima and sums of exponentials among them, is merged by sorting once more.
-Not here: the loss (`ops/topk.py`), renormalising the k, teachers that answer over a network.
+Not here: the loss (`ops/topk.py`), renormalising the k, teachers that answer over a network (`remote.py`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ numbers, kept in Megatron's checkpoint.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,8 @@ class Scored:
     """[b] fp32."""
     advantages: Tensor | None = None
     """[b] fp32: rewards after the baseline."""
+    breakdown: dict[str, Tensor] = field(default_factory=dict)
+    """Of several rewards, the scores of each before its weight [b] fp32, by name."""
 
     def take(self, rows: Sequence[int]) -> Scored:
         """These rows, in this order."""
@@ -43,6 +45,7 @@ class Scored:
             self.rollouts.take(index),
             None if self.rewards is None else self.rewards[index],
             None if self.advantages is None else self.advantages[index],
+            {name: scores[index] for name, scores in self.breakdown.items()},
         )
 
 

@@ -34,6 +34,7 @@ from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.records import HybridMicrobatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
+from megatron_hybrid.rollouts.remote import RemoteSampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
 from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
@@ -45,6 +46,7 @@ from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, 
 from megatron_hybrid.train.report import RunReport
 from megatron_hybrid.train.scoring import start_scoring
 from megatron_hybrid.train.updates import Updates
+from megatron_hybrid.train.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,9 @@ class OnlineLoop:
     layout: SequenceLayout
     prompts: PromptStream
     eval_prompts: PromptStream
-    sampler: Sampler
+    sampler: Sampler | RemoteSampler
+    weight_sync: WeightSync | None
+    """Where a server samples and is given the student's weights."""
     rubric: Rubric
     build_teachers: Callable[[list[torch.nn.Module]], Teachers]
     """From the student's chunks, which are known once Megatron calls its schedule."""
@@ -131,7 +135,7 @@ class OnlineLoop:
         metrics, self._held_out, self._evaluations = self._held_out, Metrics(), 0
         if not self.parallel.is_last_stage:
             return
-        values = held_out(metrics.reduce(self.parallel.dp_cp.group), self.tasks)
+        values = held_out(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
             self.report.evaluation(self._step, values)
 
@@ -234,13 +238,15 @@ class OnlineLoop:
             batches = self._annotate(batches)
         if wait is not None:
             with self._clock.stage("reward"):
-                collection = dataclasses.replace(collection, rewards=wait())
+                scores = wait()
+            if scores is not None:
+                collection = dataclasses.replace(collection, rewards=scores.rewards, breakdown=scores.breakdown)
         with self._clock.stage("credit"):
             if not call.forward_only:
                 self._collection = collection = self.credit.collected(collection)
             learns_from = collection.take(rows)
             if learns_from.rewards is not None:
-                self._measure_rollouts(learns_from.rollouts, learns_from.rewards)
+                self._measure_rollouts(learns_from, learns_from.rewards)
             if learns_from.advantages is not None:
                 step, metrics = int(self.args.curr_iteration), self.forward_step.metrics
                 metrics.max("training/policy_age", step - learns_from.rollouts.policy_version)
@@ -260,6 +266,8 @@ class OnlineLoop:
     def _sample(self, call: ScheduleCall, num_rows: int) -> RolloutBatch:
         """A new collection; or one response to each held-out prompt, with the same noise at every evaluation."""
         dp, seed = self.parallel.dp, int(self.args.seed)
+        if self.weight_sync is not None and isinstance(self.sampler, RemoteSampler):
+            self.sampler.version = self.weight_sync.version_for(call.model, self._step, exact=call.forward_only)
         if call.forward_only:
             count = num_rows * dp.size
             prompts = self.eval_prompts.draw(self._evaluations * count, count, dp.rank, dp.size)
@@ -280,11 +288,12 @@ class OnlineLoop:
             seed=int(self.args.seed),
         )
 
-    def _measure_rollouts(self, rollouts: RolloutBatch, rewards: Tensor) -> None:
+    def _measure_rollouts(self, scored: Scored, rewards: Tensor) -> None:
         measure_rollouts(
             self.forward_step.metrics,
-            rollouts,
+            scored.rollouts,
             rewards,
+            scored.breakdown,
             reward_weight=self.config.at(self._step).reward_weight,
             tasks=self.tasks,
             counts_tokens=self.parallel.cp.rank == 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ def measure_rollouts(
     metrics: Metrics,
     rollouts: RolloutBatch,
     rewards: Tensor,
+    breakdown: Mapping[str, Tensor],
     *,
     reward_weight: float,
     tasks: Sequence[str],
@@ -30,15 +31,20 @@ def measure_rollouts(
     """Adds what rollouts of one replica say by themselves.
 
     rewards        [b] fp32
+    breakdown      of several rewards, the scores of each before its weight [b], by name
     tasks          every task there can be: ranks must report the same names, whatever they drew
     counts_tokens  False where another rank holds, and counts, the same rollouts
     """
     metrics.spread("critic/score", rewards)
     metrics.spread("critic/rewards", reward_weight * rewards)
+    for name, scores in breakdown.items():
+        metrics.mean(f"rewards/{name}/mean", scores)
     drawn = [prompt.task for prompt in rollouts.prompts]
     for task in tasks:
-        of_task = torch.tensor([name == task for name in drawn], device=rewards.device)
-        metrics.mean(f"critic/score/{task}", rewards, weights=of_task.float())
+        of_task = torch.tensor([name == task for name in drawn], device=rewards.device).float()
+        metrics.mean(f"critic/score/{task}", rewards, weights=of_task)
+        for name, scores in breakdown.items():
+            metrics.mean(f"rewards/{name}/{task}", scores, weights=of_task)
     lengths = rollouts.response_mask.sum(dim=1).float()
     metrics.spread("response_length", lengths)
     metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float())
@@ -100,7 +106,7 @@ def finished(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def held_out(values: dict[str, float], tasks: Sequence[str]) -> dict[str, float]:
+def held_out(values: dict[str, float]) -> dict[str, float]:
     """The numbers of an evaluation under their held-out names; no KL without a teacher."""
     named = {"val/score": values["critic/score/mean"]}
     if "actor/kl_loss" in values:
@@ -109,4 +115,9 @@ def held_out(values: dict[str, float], tasks: Sequence[str]) -> dict[str, float]
         named["val/kl_per_response"] = values["actor/kl_loss"] * values["response_length/mean"]
     named["val/entropy"] = values["actor/entropy"]
     named["val/response_length"] = values["response_length/mean"]
-    return named | {f"val/score/{task}": values[f"critic/score/{task}"] for task in tasks}
+    for name, value in values.items():
+        if name.startswith("critic/score/") and name.rpartition("/")[2] not in ("mean", "max", "min"):
+            named[name.replace("critic", "val", 1)] = value
+        if name.startswith("rewards/"):
+            named[f"val/{name}"] = value
+    return named

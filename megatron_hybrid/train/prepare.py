@@ -14,17 +14,14 @@ from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.prompts.sources import open_sources
-from megatron_hybrid.prompts.stream import PromptStream
+from megatron_hybrid.prompts.stream import PromptStream, too_long
 from megatron_hybrid.prompts.template import PromptTemplate
-from megatron_hybrid.rewards.by_source import default_rubric
+from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
 from megatron_hybrid.train import journal
 
 logger = logging.getLogger(__name__)
-
-_PROBED_QUESTIONS = 256
-"""Questions of an endless source looked at to learn its tasks: sources mix their tasks evenly."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,16 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     paths = [path for path in teachers.sources if path != SELF] if teachers else []
     teacher_args = {path: _teacher_args(path, tokenizer, args) for path in paths}
 
+    limit = _longest_prompt(online, room)
+    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
     num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
-    training, held_out = open_sources(online.prompts or "", online.eval_prompts, seed=args.seed, num_eval=num_eval)
+    training, held_out = open_sources(
+        online.prompts or "",
+        online.eval_prompts,
+        seed=args.seed,
+        num_eval=num_eval,
+        refuse=too_long(template, limit) if online.long_prompts == "drop" else None,
+    )
     if held_out is None:
         if num_eval:
             raise ConfigError(
@@ -80,12 +85,11 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
                 "--hybrid-eval-prompts another file, or set --eval-iters 0."
             )
         held_out = training
-    template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
-    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=room) for s in (training, held_out)]
-    tasks = {source.item(i).task for source in (training, held_out) for i in range(source.size or _PROBED_QUESTIONS)}
+    streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=limit) for s in (training, held_out)]
+    tasks = training.tasks | held_out.tasks
     if teachers is not None:
         teachers.check_tasks(tasks)
-    rubric = default_rubric(file_reward=online.file_reward, truncated_reward=online.truncated_reward)
+    rubric = build_rubric(online)
     _open_run_dir(online.run_dir)  # the first thing that is written
     return Prepared(
         config=config,
@@ -98,6 +102,16 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         teachers=teachers,
         teacher_args=teacher_args,
     )
+
+
+def _longest_prompt(online: OnlineConfig, room: int) -> int:
+    """Tokens a prompt may have; `room` is what the sequence length leaves."""
+    if online.max_prompt_length is not None and online.max_prompt_length > room:
+        raise ConfigError(
+            f"max_prompt_length is {online.max_prompt_length}, but --seq-length leaves {room} tokens beside a "
+            "response: longer prompts could not be answered. Raise --seq-length, or lower one of the two."
+        )
+    return online.max_prompt_length or room
 
 
 def _check_job(args: Namespace) -> None:
@@ -144,19 +158,22 @@ def _check_batches(args: Namespace, config: HybridConfig) -> None:
 
 def _check_teacher_settings(args: Namespace, config: HybridConfig, online: OnlineConfig, has_teacher: bool) -> None:
     """Whoever is to be imitated is there, once, and can read what it is to read."""
-    if has_teacher and online.teacher_load is not None:
+    if has_teacher and online.names_teacher:
+        given = "load" if online.teacher_server is None else "server"
         raise ConfigError(
-            f"HybridForwardStep has a teacher of its own, and teacher_load is {online.teacher_load!r}: one of the two "
-            "would be silently ignored. Leave one out."
+            f"HybridForwardStep has a teacher of its own, and teacher_{given} is "
+            f"{online.teacher_load or online.teacher_server!r}: one of the two would be silently ignored. Leave "
+            "one out."
         )
-    if config.imitates and online.teacher_load is None and not has_teacher:
+    if config.imitates and not online.names_teacher and not has_teacher:
         raise ConfigError(
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
-            "--hybrid-teacher-load, or set --hybrid-imitation-weight 0 for reward alone."
+            "--hybrid-teacher-load or --hybrid-teacher-server, or set --hybrid-imitation-weight 0 for reward alone."
         )
+    _check_engines(args, config, online)
     if online.teacher_hint is None:
         return
-    if online.teacher_load is None and not has_teacher:
+    if not online.names_teacher and not has_teacher:
         raise ConfigError(
             "teacher_hint is what a teacher reads behind the question, but there is no teacher: give "
             "--hybrid-teacher-load ('self' for a copy of the student), or leave the hint out."
@@ -166,6 +183,34 @@ def _check_teacher_settings(args: Namespace, config: HybridConfig, online: Onlin
             f"the teacher reads a hint that the student does not, and --context-parallel-size is "
             f"{args.context_parallel_size}: a response token would lie on one rank for the student and on another for "
             "the teacher. Use --context-parallel-size 1, or no --hybrid-teacher-hint."
+        )
+
+
+def _check_engines(args: Namespace, config: HybridConfig, online: OnlineConfig) -> None:
+    """What an inference engine's server can do: k log-probs a token, of the model itself, for whole sequences."""
+    if online.rollout_server is not None and config.student_temperature != 1:
+        raise ConfigError(
+            f"student_temperature is {config.student_temperature}, and {online.rollout_server} samples: the log-probs "
+            "that a server gives are those of temperature 1, and importance weights would be of another distribution. "
+            "Use temperature 1, or the student's own decoding."
+        )
+    if online.teacher_server is None:
+        return
+    if config.teacher_payload != "topk":
+        raise ConfigError(
+            f"teacher_payload is {config.teacher_payload!r}, but a server gives its likeliest tokens alone: set "
+            "--hybrid-teacher-payload topk, and --hybrid-teacher-topk to what it allows (vLLM: --max-logprobs, 20 by "
+            "default)."
+        )
+    if config.teacher_temperature != 1:
+        raise ConfigError(
+            f"teacher_temperature is {config.teacher_temperature}, but a server gives log-probs of temperature 1, and "
+            "those of a few tokens cannot be tempered: what all others sum to is unknown. Use temperature 1."
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"--context-parallel-size is {args.context_parallel_size}, but a teacher on a server is asked for whole "
+            "sequences, of which a rank then holds parts. Use 1, or --hybrid-teacher-load."
         )
 
 

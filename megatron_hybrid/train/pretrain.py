@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,11 @@ from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.loop import OnlineLoop, Teachers
 from megatron_hybrid.train.prepare import Prepared, prepare
 from megatron_hybrid.train.report import RunReport
+
+if TYPE_CHECKING:
+    from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.rollouts.remote import RemoteSampler
+    from megatron_hybrid.train.weight_sync import WeightSync
 
 
 def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +75,7 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     forward_step.config = from_flags
     online = OnlineConfig.from_args(arguments)
     if online.prompts is None:
-        if online.teacher_load is not None or forward_step.teacher is not None:
+        if online.names_teacher or forward_step.teacher is not None:
             raise ConfigError(
                 "there is a teacher, but no --hybrid-prompts: without prompts the script's own data is trained on, and "
                 "the teacher would be silently ignored. Give the prompts, or leave the teacher out."
@@ -136,20 +141,10 @@ def _provider(stack: ExitStack, prepared: Prepared, args: Namespace, forward_ste
 
 def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> OnlineLoop:
     from megatron_hybrid.mcore.groups import parallel_context
-    from megatron_hybrid.rollouts.generate import Sampler
 
     config, online, tokenizer = prepared.config, prepared.online, prepared.tokenizer
     parallel = parallel_context()
-    sampler = Sampler(
-        parallel=parallel,
-        device=torch.device(torch.cuda.current_device()),  # Megatron's own idiom; the CPU runtime answers it too
-        vocab_size=len(tokenizer),
-        stop_ids=frozenset({tokenizer.eos_token_id}),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        temperature=config.student_temperature,
-        max_response_length=online.max_response_length,
-        batch_size=online.rollout_batch_size,
-    )
+    sampler, weight_sync = _build_sampler(prepared, parallel)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
     return OnlineLoop(
         args=args,
@@ -160,6 +155,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         prompts=prepared.prompts,
         eval_prompts=prepared.eval_prompts,
         sampler=sampler,
+        weight_sync=weight_sync,
         rubric=prepared.rubric,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
@@ -170,12 +166,41 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
     )
 
 
+def _build_sampler(prepared: Prepared, parallel: ParallelContext) -> tuple[Sampler | RemoteSampler, WeightSync | None]:
+    """Who samples, and what keeps its weights fresh where they are not the student's own."""
+    from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.rollouts.remote import RemoteSampler
+    from megatron_hybrid.servers.build import build_engine
+    from megatron_hybrid.train.weight_sync import WeightSync
+
+    online, tokenizer = prepared.online, prepared.tokenizer
+    common: dict[str, Any] = {
+        "parallel": parallel,
+        "device": torch.device(torch.cuda.current_device()),  # Megatron's own idiom; the CPU runtime answers it too
+        "vocab_size": len(tokenizer),
+        "stop_ids": frozenset({tokenizer.eos_token_id}),
+        "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        "max_response_length": online.max_response_length,
+    }
+    if online.rollout_server is None:
+        temperature = prepared.config.student_temperature
+        return Sampler(**common, temperature=temperature, batch_size=online.rollout_batch_size), None
+    engine = build_engine(online.rollout_server, "the rollout server", online)
+    if online.rollout_sync_interval is None:
+        return RemoteSampler(engine, **common), None
+    folder = online.rollout_sync_dir or online.run_dir
+    sync = WeightSync(engine, interval=online.rollout_sync_interval, folder=folder, tokenizer=tokenizer.name_or_path)
+    return RemoteSampler(engine, **common), sync
+
+
 def _build_teachers(
     prepared: Prepared, forward_step: HybridForwardStep, parallel: ParallelContext, student: list[torch.nn.Module]
 ) -> Teachers:
     """The run's teacher, and the part of it that is a copy of the student."""
+    from megatron_hybrid.servers.build import build_engine
     from megatron_hybrid.teachers.build import build_teacher
     from megatron_hybrid.teachers.frozen import FrozenTeacher
+    from megatron_hybrid.teachers.remote import RemoteTeacher
     from megatron_hybrid.teachers.snapshot import SnapshotTeacher
     from megatron_hybrid.teachers.topk import TopKTeacher
 
@@ -193,6 +218,9 @@ def _build_teachers(
         )
         return copies[0]
 
+    if online.teacher_server is not None:
+        engine = build_engine(online.teacher_server, "the teacher server", online)
+        return Teachers(RemoteTeacher(engine, config.teacher_topk, vocab_size, parallel), None)
     teacher: Teacher | None = forward_step.teacher
     if teacher is None and prepared.teachers is not None:
         teacher = build_teacher(

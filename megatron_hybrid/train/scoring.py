@@ -1,9 +1,11 @@
 """Rewards of a replica's rollouts, made while the teacher reads them.
 
-    rollouts -> one rank of the last stage scores them in a thread -> [wait] -> broadcast over cp and tp -> rewards [b]
+    rollouts -> one rank of the last stage scores them in a thread -> [wait] -> broadcast over cp and tp -> RewardBatch
 
 The other stages know no rewards, and need none. A rubric that is bound to the main thread is scored there, at once.
-Collectives: the broadcasts of [b] fp32, on the thread that waits.
+Scores are made on the CPU and moved by the thread that waits. The breakdown of several rewards travels with their sum;
+of one it would say the same again.
+Collectives: the broadcasts of [b] fp32 ([1 + k, b] of k > 1 rewards), on the thread that waits.
 """
 
 from __future__ import annotations
@@ -14,46 +16,56 @@ from concurrent.futures import Future
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.records import RolloutBatch
+from megatron_hybrid.records import RewardBatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 
-Wait = Callable[[], Tensor | None]
+Wait = Callable[[], RewardBatch | None]
 
 
 def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelContext) -> Wait:
-    """Begins to score; the function returned waits, and gives rewards [b] fp32 on every rank of the last stage.
+    """Begins to score; the function returned waits, and gives the rewards on every rank of the last stage.
 
     It is to be called once, on all ranks of the stage, and raises what a reward raised.
     """
     if not parallel.is_last_stage:
         return lambda: None
     axes = (parallel.cp, parallel.tp)
-    result: Future[Tensor] | None = None
+    result: Future[RewardBatch] | None = None
+    names = rubric.names if len(rubric.names) > 1 else ()
     if all(axis.rank == 0 for axis in axes):
         result = Future()
         if rubric.main_thread_only:
             _score(rollouts, rubric, result)
         else:
             # A daemon: a reward that never returns must not keep a process alive whose other threads are done.
-            threading.Thread(target=_score, args=(rollouts, rubric, result), name="rewards", daemon=True).start()
+            threading.Thread(target=_score_beside, args=(rollouts, rubric, result), name="rewards", daemon=True).start()
 
-    def wait() -> Tensor:
-        rewards = torch.empty(len(rollouts.prompts), device=rollouts.tokens.device)
+    def wait() -> RewardBatch:
+        device = rollouts.tokens.device
+        table = torch.empty(1 + len(names), len(rollouts.prompts), device=device)
         if result is not None:
-            rewards = result.result()
+            scored = result.result()
+            table = torch.stack([scored.rewards, *(scored.breakdown[name] for name in names)]).to(device)
         for axis in axes:  # along the first axis among those that are first of the second, then along that
             if axis.size > 1:
-                dist.broadcast(rewards, group=axis.group, group_src=0)
-        return rewards
+                dist.broadcast(table, group=axis.group, group_src=0)
+        return RewardBatch(table[0], dict(zip(names, table[1:], strict=True)))
 
     return wait
 
 
-def _score(rollouts: RolloutBatch, rubric: Rubric, result: Future[Tensor]) -> None:
+def _score(rollouts: RolloutBatch, rubric: Rubric, result: Future[RewardBatch]) -> None:
     try:
-        result.set_result(rubric.score(rollouts).rewards)
-    except BaseException as error:  # whatever it is, it belongs to the thread that waits
+        result.set_result(rubric.score(rollouts))
+    except Exception as error:  # it belongs to the one who waits
+        result.set_exception(error)
+
+
+def _score_beside(rollouts: RolloutBatch, rubric: Rubric, result: Future[RewardBatch]) -> None:
+    """As `_score`, in a thread of its own: whatever ends it, nobody else would say so."""
+    try:
+        _score(rollouts, rubric, result)
+    except BaseException as error:
         result.set_exception(error)

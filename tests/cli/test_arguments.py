@@ -31,6 +31,8 @@ OTHER: dict[str, Any] = {
     "teacher_temperature": 1.3,
     "teacher_logit_floor": -50.5,
     "prompts": "reasoning_gym:chain_sum",
+    "max_prompt_length": 9,
+    "long_prompts": "drop",
     "eval_prompts": "held out.jsonl",
     "system_prompt": "",
     "max_response_length": 5,
@@ -38,6 +40,15 @@ OTHER: dict[str, Any] = {
     "teacher_load": "/a/teacher",
     "run_dir": "runs/other",
     "samples_interval": 3,
+    "reward": "0.5*by_source,1*exact_match",
+    "teacher_server": "http://teacher:8000",
+    "rollout_server": "https://rollouts",
+    "rollout_sync_interval": 4,
+    "rollout_sync_dir": "/shared",
+    "server_api": "sglang",
+    "server_requests": 5,
+    "server_timeout": 7.5,
+    "server_retries": 1,
     "file_reward": "math_answer",
     "truncated_reward": -0.5,
     "gradient_norms_interval": 4,
@@ -70,6 +81,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "divergence": {"discount": 0.0},
     "teacher_ema_decay": {"teacher_load": "self"},
     "teacher_refresh_interval": {"teacher_load": "self"},
+    "rollout_sync_interval": {"rollout_server": "http://a"},
+    "rollout_sync_dir": {"rollout_server": "http://a", "rollout_sync_interval": 2},
 }
 """Settings that only go with others."""
 

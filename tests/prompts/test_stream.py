@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from megatron_hybrid.errors import ConfigError, DataError
-from megatron_hybrid.prompts.jsonl import JsonlSource
+from megatron_hybrid.prompts.file_source import FileSource
 from megatron_hybrid.prompts.question import Question
 from megatron_hybrid.prompts.reasoning_gym import ReasoningGymSource, TaskSetting
 from megatron_hybrid.prompts.stream import PromptStream
@@ -25,7 +25,7 @@ class Letters:
 
 
 def file_of(n):
-    return JsonlSource([Question(f"question {i:03}", "file", str(i), {"source": "jsonl"}) for i in range(n)], "a file")
+    return FileSource([Question(f"question {i:03}", "file", str(i), {"source": "jsonl"}) for i in range(n)], "a file")
 
 
 def stream(source=None, *, seed=0, limit=200):
@@ -75,8 +75,8 @@ def test_the_seed_decides_the_order_of_a_file():
 def test_the_longest_prompt_of_a_file_is_found_at_construction():
     questions = [Question("short", "file", ""), Question("x" * 90, "file", ""), Question("y" * 80, "file", "")]
     with pytest.raises(DataError, match=r"2 of 3 prompts are longer than 79 tokens; the longest has 90 .*'xxxx.*raise"):
-        stream(JsonlSource(questions, "a file"), limit=79)
-    stream(JsonlSource(questions, "a file"), limit=90)
+        stream(FileSource(questions, "a file"), limit=79)
+    stream(FileSource(questions, "a file"), limit=90)
 
 
 def test_generated_prompts_are_sampled_at_construction_and_checked_at_each_draw():
@@ -88,6 +88,9 @@ def test_generated_prompts_are_sampled_at_construction_and_checked_at_each_draw(
 
         def item(self, index):
             return Question("long" * 50 if index == 1000 else "short", "rare", "")
+
+        def probe(self, count):
+            return map(self.item, range(count))
 
     rare = stream(RarelyLong())
     rare.draw(900, 100)
@@ -103,7 +106,7 @@ def test_calls_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="leaves no room for a prompt"):
         stream(limit=0)
     with pytest.raises(DataError, match="no questions"):
-        stream(JsonlSource([], "nothing"))
+        stream(FileSource([], "nothing"))
 
 
 def test_a_hint_goes_to_the_teacher_alone_and_must_fit_too():

@@ -7,7 +7,6 @@ import torch
 
 from megatron_hybrid.errors import ConfigError, RewardError
 from megatron_hybrid.records import Prompt, RolloutBatch
-from megatron_hybrid.rewards.by_source import default_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 
 
@@ -99,11 +98,3 @@ def test_impossible_rubrics_are_refused():
         Rubric({"length": (Length(), math.nan)})
     with pytest.raises(ConfigError, match="truncated response must be a finite number, got inf"):
         Rubric({"length": (Length(), 1.0)}, truncated_reward=math.inf)
-    with pytest.raises(ConfigError, match="file_reward must be one of exact_match, math_answer; got 'exact'"):
-        default_rubric(file_reward="exact")
-
-
-def test_the_default_rubric_scores_a_file_by_exact_match():
-    batch = default_rubric(truncated_reward=0.0).score(rollouts(["AB", "abc", "ab"], truncated=[False, False, True]))
-    assert batch.rewards.tolist() == [1, 0, 0]
-    assert batch.breakdown["score"].tolist() == [1, 0, 1]

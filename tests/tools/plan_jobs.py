@@ -153,6 +153,7 @@ def _learnt_from(
     """
     from megatron_hybrid.config import HybridConfig
     from megatron_hybrid.ops import lm_head
+    from megatron_hybrid.records import RewardBatch
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
     from megatron_hybrid.schedule.layout import SequenceLayout
     from megatron_hybrid.schedule.microbatch import credited, microbatches
@@ -164,7 +165,7 @@ def _learnt_from(
     forward = HybridForwardStep(settings)
     forward.gradient_norms = gradient_norms
     zeros = torch.zeros(len(rollouts.prompts))
-    rubric: Any = SimpleNamespace(score=lambda _: SimpleNamespace(rewards=zeros), main_thread_only=True)
+    rubric: Any = SimpleNamespace(score=lambda _: RewardBatch(zeros), main_thread_only=True, names=("zero",))
     wait = start_scoring(rollouts, rubric, parallel)
     batches = microbatches(
         rollouts,
@@ -174,7 +175,8 @@ def _learnt_from(
     )
     payloads = teacher.annotate(batches)
     batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
-    scored = Credit(settings, parallel).collected(Scored(rollouts, wait()))
+    scores = wait()
+    scored = Credit(settings, parallel).collected(Scored(rollouts, None if scores is None else scores.rewards))
     if scored.advantages is not None:
         credit_for = Credit(settings, parallel).credit_for(scored, step=0, metrics=forward.metrics)
         batches = credited(batches, credit_for)

@@ -136,6 +136,18 @@ CASES = [
         "DataError",
         "1 of 2 prompts are longer than 2 tokens; the longest has 3 .*raise the sequence length",
     ),
+    (
+        "prompts longer than the room",
+        {"hybrid_max_prompt_length": 15},
+        "ConfigError",
+        "max_prompt_length is 15, but --seq-length leaves 13 tokens .*Raise --seq-length",
+    ),
+    (
+        "reward function that is not there",
+        {"hybrid_reward": "0.5*exact_match,1*tests.rewards.user_rewards:missing"},
+        "ConfigError",
+        "'tests.rewards.user_rewards' has no function 'missing'",
+    ),
     ("empty file", {"hybrid_prompts": "{folder}/empty.jsonl"}, "DataError", "empty.jsonl holds no questions: expected"),
     (
         "malformed line",
@@ -155,7 +167,12 @@ CASES = [
         "DataError",
         "none.jsonl: No such file.* Give a readable",
     ),
-    ("not a form we know", {"hybrid_prompts": "questions.txt"}, "ConfigError", "ends in .jsonl, got 'questions.txt'"),
+    (
+        "not a form we know",
+        {"hybrid_prompts": "questions.txt"},
+        "ConfigError",
+        "ends in .jsonl or .parquet, got 'questions.txt'",
+    ),
     (
         "unknown task",
         {"hybrid_prompts": "reasoning_gym:chain_sums"},
@@ -179,7 +196,7 @@ CASES = [
         "no teacher",
         {"hybrid_imitation_weight": 0.5},
         "ConfigError",
-        "imitation_weight is 0.5, but there is no teacher .*--hybrid-teacher-load, or set --hybrid-imitation-weight 0",
+        "imitation_weight is 0.5, but there is no teacher .*-load or --hybrid-teacher-server, or set --hybrid-im",
     ),
     (
         "teacher with other ids",
@@ -216,6 +233,29 @@ CASES = [
         {"hybrid_teacher_load": "chess={folder}/fitting"},
         "ConfigError",
         "names a teacher for each of chess, but the prompts also have the task",
+    ),
+    (
+        "server of whole distributions",
+        {"hybrid_teacher_server": "http://localhost:9"},
+        "ConfigError",
+        "teacher_payload is 'hidden', but a server gives its likeliest tokens alone: set --hybrid-teacher-payload topk",
+    ),
+    (
+        "server of a tempered teacher",
+        {
+            "hybrid_teacher_server": "http://localhost:9",
+            "hybrid_teacher_payload": "topk",
+            "hybrid_teacher_topk": 4,
+            "hybrid_teacher_temperature": 2,
+        },
+        "ConfigError",
+        "teacher_temperature is 2.0, but a server gives log-probs of temperature 1.*Use temperature 1",
+    ),
+    (
+        "server of tempered rollouts",
+        {"hybrid_rollout_server": "http://localhost:9", "hybrid_student_temperature": 0.5},
+        "ConfigError",
+        "student_temperature is 0.5, and http://localhost:9 samples: .*Use temperature 1, or",
     ),
     (
         "hint without a teacher",
@@ -306,11 +346,25 @@ def test_a_mistake_is_found_before_a_model_is_built(rank_pool, folder, overrides
             "--context-parallel-size is 2: a response token would lie on one rank for the student",
         ),
         (
+            {
+                "context_parallel_size": 2,
+                "hybrid_teacher_server": "http://localhost:9",
+                "hybrid_teacher_payload": "topk",
+                "hybrid_teacher_topk": 4,
+            },
+            "--context-parallel-size is 2, but a teacher on a server is asked for whole sequences",
+        ),
+        (
             {"pipeline_model_parallel_size": 2, "hybrid_teacher_load": "{folder}/odd_depth"},
             "the teacher has 3 layers, which 2 pipeline stages .* cannot share evenly",
         ),
     ],
-    ids=["expert parallel", "hint under context parallel", "teacher that the stages cannot share"],
+    ids=[
+        "expert parallel",
+        "hint under context parallel",
+        "server under context parallel",
+        "teacher that the stages cannot share",
+    ],
 )
 def test_a_layout_the_hybrid_path_cannot_honour_is_refused(rank_pool, folder, overrides, message):
     # Megatron itself drops these flags in a job of one rank.

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.schedule.microbatch import microbatches
-from megatron_hybrid.train.measure import SHOWN_SAMPLES, finished, sample_rows
+from megatron_hybrid.train.measure import SHOWN_SAMPLES, finished, held_out, measure_rollouts, sample_rows
 from megatron_hybrid.train.samples import Sample
 
 LENGTHS = (2, 5, 1, 3, 4, 2, 1, 5)
@@ -103,3 +104,26 @@ def test_squared_norms_become_norms_and_stages_one_step():
     found = finished(values)
     assert (found["actor/grad_norm_dense"], found["actor/grad_norm_sparse"]) == (3.0, 0.5)
     assert (found["timing_s/step"], found["perf/throughput"]) == (3.0, 10.0)
+
+
+def test_each_of_several_rewards_is_reported_by_itself_and_by_task_under_training_and_held_out_names():
+    batch, metrics = rollouts(), Metrics()
+    rewards = torch.arange(len(LENGTHS)).float()
+    breakdown = {"exact_match": rewards, "judge:80.v1": 10 * rewards}
+    tasks = ("task 0", "task 1", "task 2")  # of rows 0 3 6, 1 4 7 and 2 5: two rows share a prompt, not a task
+    measure_rollouts(metrics, batch, rewards, breakdown, reward_weight=1.0, tasks=tasks, counts_tokens=True)
+    values = metrics.reduce() | {"actor/entropy": 1.0}
+    of_task = {t: rewards[[p.task == t for p in batch.prompts]].mean().item() for t in tasks}
+    for name, scale in (("exact_match", 1), ("judge:80.v1", 10)):
+        assert values[f"rewards/{name}/mean"] == pytest.approx(scale * rewards.mean().item())
+        for task in tasks:
+            assert values[f"rewards/{name}/{task}"] == pytest.approx(scale * of_task[task])
+    held = held_out(values)
+    assert held["val/rewards/judge:80.v1/task 2"] == values["rewards/judge:80.v1/task 2"]
+    assert {name for name in held if name.startswith("val/score/")} == {f"val/score/{task}" for task in tasks}
+
+
+def test_one_reward_needs_no_breakdown():
+    metrics = Metrics()
+    measure_rollouts(metrics, rollouts(), torch.zeros(8), {}, reward_weight=1.0, tasks=(), counts_tokens=True)
+    assert not [name for name in metrics.reduce() if name.startswith("rewards/")]

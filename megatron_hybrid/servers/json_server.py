@@ -1,0 +1,142 @@
+"""JSON over HTTP to a server that a run depends on: a body in, the answer's JSON out, or one clear error.
+
+Connections are kept and shared by threads; a failed connection, a timeout, and the statuses that a busy or restarting
+server gives (429, 500, 502, 503, 504) are tried again with growing pauses (urllib3). Every request is one that may be
+answered twice without harm. Not here: what bodies and answers mean.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import urllib3
+
+from megatron_hybrid.errors import ServerError
+
+_BUSY = frozenset({429, 500, 502, 503, 504})
+_SHOWN = 300
+"""Characters of a bad answer that an error shows."""
+
+
+class JsonServer:
+    """One server.
+
+    Args:
+        url: its address, without a slash at the end; paths are put behind it.
+        what: what it is to the run, for errors ("the reward server").
+        timeout_s: seconds that one request may take.
+        retries: times a failed request is tried again.
+        pause_s: before the second of those; doubles from one to the next.
+        headers: sent with every request.
+        connections: kept open at once.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        what: str,
+        *,
+        timeout_s: float,
+        retries: int,
+        pause_s: float = 1.0,
+        headers: Mapping[str, str] | None = None,
+        connections: int = 1,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.what = what
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._pool = urllib3.PoolManager(
+            maxsize=connections,
+            timeout=timeout_s,
+            headers={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
+            retries=urllib3.Retry(
+                retries,
+                backoff_factor=pause_s / 2,
+                status_forcelist=_BUSY,
+                allowed_methods=None,  # POST too
+                raise_on_status=False,
+            ),
+        )
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON of the answer.
+
+        Raises:
+            ServerError: nobody answers, the answer has another status than 2xx, or is no JSON.
+        """
+        return self._json(path, *self._exchange("POST", path, body))
+
+    def tell(self, path: str, body: Mapping[str, Any] | None = None) -> None:
+        """As `post`, for an answer that says nothing but that it was done."""
+        status, text = self._exchange("POST", path, body)
+        self._require_done(path, status, text)
+
+    def get(self, path: str) -> Any:
+        """As `post`, without a body."""
+        return self._json(path, *self._exchange("GET", path, None))
+
+    def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]], *, at_once: int) -> list[Any]:
+        """The answers to many bodies, in their order, some asked at a time; the first error ends the waiting."""
+        return run_all([lambda body=body: self.post(path, body) for body in bodies], at_once=at_once)  # type: ignore[misc]
+
+    def broken(self, path: str, why: str, answer: Any) -> ServerError:
+        """The error of an answer that came and cannot be used."""
+        return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {str(answer)[:_SHOWN]}")
+
+    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
+        try:
+            # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
+            data = None if body is None else json.dumps(body)
+            answer = self._pool.request(method, self.url + path, body=data)
+        except urllib3.exceptions.HTTPError as error:
+            cause = getattr(error, "reason", None) or error
+            raise ServerError(
+                f"{self.what} at {self.url}{path} does not answer, after {self._retries} more attempts of at most "
+                f"{self._timeout_s:g} s: {cause}. The run cannot go on without it: start it, correct the address, or "
+                "allow more (--hybrid-server-timeout, --hybrid-server-retries)."
+            ) from error
+        return answer.status, answer.data.decode("utf-8", errors="replace")
+
+    def _require_done(self, path: str, status: int, text: str) -> None:
+        if not 200 <= status < 300:
+            tried = f" after {self._retries} more attempts" if status in _BUSY else ""
+            raise self.broken(path, f"refuses with status {status}{tried}", text)
+
+    def _json(self, path: str, status: int, text: str) -> Any:
+        self._require_done(path, status, text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise self.broken(path, f"answers something that is no JSON ({error})", text) from error
+
+
+def run_all[T](jobs: Sequence[Callable[[], T]], *, at_once: int) -> list[T]:
+    """What each job returns, in order, `at_once` of them running; the first error in their order is raised.
+
+    On daemon threads: who waits can be interrupted, and no unanswered request keeps a process alive.
+    """
+    results: list[Future[T]] = [Future() for _ in jobs]
+    queue: SimpleQueue[int] = SimpleQueue()
+    for number in range(len(jobs)):
+        queue.put(number)
+
+    def work() -> None:
+        while True:
+            try:
+                number = queue.get_nowait()
+            except Empty:
+                return
+            try:
+                results[number].set_result(jobs[number]())
+            except BaseException as error:  # it belongs to the thread that waits
+                results[number].set_exception(error)
+
+    for _ in range(min(at_once, len(jobs))):
+        threading.Thread(target=work, name="requests", daemon=True).start()
+    return [result.result() for result in results]

@@ -1,0 +1,124 @@
+"""SGLang's native server; its OpenAI-compatible one gives no token ids.
+
+    complete      POST /generate {input_ids, sampling_params: {n, ...}, return_logprob: true}
+                  -> meta_info: output_token_logprobs [[log-prob, id, text], ...], finish_reason.type; of n > 1 a list
+    top_tokens    POST /generate {input_ids, sampling_params: {max_new_tokens: 0}, logprob_start_len: 0,
+                  top_logprobs_num: k} -> meta_info.input_top_logprobs[position]: [[log-prob, id, text], ...]
+    load_weights  POST /update_weights_from_disk {model_path} -> {success, message}; the cache is flushed with it
+
+Seeds are not passed on: SGLang takes one under its deterministic inference alone. Rollouts of a run that is repeated or
+resumed differ.
+Written from SGLang's documentation and tests; tested against a server of tests/ that speaks as they do with a real
+model behind it. SGLang itself was not run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, is_log_prob, likeliest
+from megatron_hybrid.servers.json_server import JsonServer
+
+_GENERATE = "/generate"
+_WHOLE_DISTRIBUTION = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Said with every request: what is left out is taken from the model's generation_config.json."""
+
+
+class SglangEngine:
+    """One server, or a router before several.
+
+    Args:
+        url: the server's address.
+        what: what it is to the run, for errors.
+        at_once: requests under way at a time.
+        timeout_s, retries, pause_s: see `JsonServer`.
+    """
+
+    def __init__(
+        self, url: str, what: str, *, at_once: int, timeout_s: float, retries: int, pause_s: float = 1.0
+    ) -> None:
+        self._server = JsonServer(url, what, timeout_s=timeout_s, retries=retries, pause_s=pause_s, connections=at_once)
+        self._at_once = at_once
+
+    def complete(
+        self, prompts: Sequence[tuple[Sequence[int], int]], n: int, sampling: Sampling
+    ) -> list[list[Completion]]:
+        """See `Engine`; the seeds are not used."""
+        how = {
+            **_WHOLE_DISTRIBUTION,
+            "n": n,
+            "max_new_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_ids),
+        }
+        bodies = [{"input_ids": list(ids), "sampling_params": how, "return_logprob": True} for ids, _ in prompts]
+        answers = self._server.post_all(_GENERATE, bodies, at_once=self._at_once)
+        return [self._completions(answer, n) for answer in answers]
+
+    def top_tokens(self, texts: Sequence[tuple[Sequence[int], int]], k: int) -> list[list[TopTokens]]:
+        """See `Engine`."""
+        common = {
+            "sampling_params": {**_WHOLE_DISTRIBUTION, "max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": k,
+        }
+        bodies = [{**common, "input_ids": list(ids)} for ids, _ in texts]
+        answers = self._server.post_all(_GENERATE, bodies, at_once=self._at_once)
+        return [
+            self._positions(answer, first, len(ids), k) for answer, (ids, first) in zip(answers, texts, strict=True)
+        ]
+
+    def load_weights(self, folder: str) -> None:
+        """See `Engine`."""
+        path = "/update_weights_from_disk"
+        answer = self._server.post(path, {"model_path": folder})
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise self._server.broken(path, f"did not take the weights in {folder}", answer)
+
+    def _completions(self, answer: Any, n: int) -> list[Completion]:
+        answers = answer if isinstance(answer, list) else [answer]
+        try:
+            infos = [one["meta_info"] for one in answers]
+            found = [
+                Completion(
+                    tuple(token for _, token, *_ in info["output_token_logprobs"]),
+                    tuple(log_prob for log_prob, *_ in info["output_token_logprobs"]),
+                    info["finish_reason"]["type"] == "length",
+                )
+                for info in infos
+            ]
+            ended = {info["finish_reason"]["type"] for info in infos} <= {"length", "stop"}
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._server.broken(
+                _GENERATE, f"gives nothing that a rollout can be made of ({error!r})", answer
+            ) from error
+        whole = all(c.token_ids and all(map(is_log_prob, c.log_probs)) for c in found)
+        if len(found) != n or not whole or not ended:
+            raise self._server.broken(
+                _GENERATE, f"should give {n} responses, each ended, with a log-prob for every token", answer
+            )
+        return found
+
+    def _positions(self, answer: Any, first: int, length: int, k: int) -> list[TopTokens]:
+        try:
+            tables = answer["meta_info"]["input_top_logprobs"]
+            found = [likeliest([(token, log_prob) for log_prob, token, *_ in table], k) for table in tables[first:]]
+            whole = len(tables) == length
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._server.broken(
+                _GENERATE, f"gives no input_top_logprobs that can be read ({error!r})", answer
+            ) from error
+        if not whole or not all(len(top) == k and all(is_log_prob(value) for _, value in top) for top in found):
+            raise self._server.broken(
+                _GENERATE, f"should give the {k} likeliest tokens at each of {length} positions", answer
+            )
+        return found
