@@ -43,11 +43,11 @@ def environment(**more: str) -> dict[str, str]:
     return kept | quiet | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | more
 
 
-def torchrun(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def torchrun(log: Path, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
     """An agent; what it and its ranks say goes to `log`."""
     with open(log, "wb") as file:
         command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-        own_store = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        own_store = environment(**{"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | more)
         return subprocess.Popen(command, cwd=ROOT, env=own_store, stdout=file, stderr=subprocess.STDOUT)
 
 

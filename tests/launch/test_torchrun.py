@@ -52,3 +52,11 @@ def test_a_run_that_is_asked_to_stop_saves_at_once_and_goes_on_with_the_same_com
         agent.terminate()
         agent.wait()
     assert steps(folder, "stopped") == expected
+
+
+@pytest.mark.slow
+def test_restarts_that_would_meet_stale_addresses_are_refused_before_the_first_start(folder):
+    log = folder / "stale.log"
+    arguments = ["--standalone", "--max-restarts", "1", *TRAIN, *flags(folder, "stale")]
+    assert torchrun(log, *arguments, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0").wait(timeout=150) == 1
+    assert "Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment." in log.read_text()
