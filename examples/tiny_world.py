@@ -1,4 +1,4 @@
-"""What examples 1 and 2 need before their point begins, made in a temporary folder within seconds.
+"""What examples 1 to 4 need before their point begins, made in a temporary folder within seconds.
 
 The world: "after monday ?" is answered by one word and the end of the text. It has
 
@@ -7,7 +7,8 @@ The world: "after monday ?" is answered by one word and the end of the text. It 
     teacher       a Megatron checkpoint: two layers, trained on questions with *random* days as answers. It knows how an
                   answer looks (one day, then stop) and nothing of the calendar. The reward knows the calendar.
 
-`world()` yields Megatron's flags for a student of the same size, random weights, on one CPU process.
+`world()` yields Megatron's flags for a student of the same size, random weights, on one CPU process. `compare()` trains
+a student that starts as the teacher on several layouts, each in local processes of its own, and prints the curves.
 """
 
 import contextlib
@@ -29,9 +30,14 @@ from unittest import mock
 import torch
 
 import megatron_hybrid as mh
+from megatron_hybrid.runtime.spawn import RankPool
 
 # Before anything imports Megatron, which warns that there is no GPU library, once for each it would have used.
 warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 PHRASES = ("after {}", "what follows {}", "which one comes after {}")
@@ -60,6 +66,54 @@ def world() -> Iterator[str]:
 
     Inside, only this package's lines reach the terminal: Megatron prints a thousand of its own about a job of any size.
     """
+    with made_world() as (_, flags):
+        start_alone()
+        with contextlib.redirect_stdout(ReportLines(sys.stdout)):
+            yield flags
+        end_megatron()
+
+
+def compare(name: str, flags: str, layouts: dict[str, tuple[int, str]]) -> None:
+    """Trains the same student on each layout and prints what its steps say, side by side.
+
+    name     of the example: its runs are in runs/NAME/LAYOUT
+    flags    of all runs; what you type on the command line comes behind them
+    layouts  name to number of processes and flags of its own; the first is what the others are compared with
+    """
+    curves: dict[str, list[dict[str, Any]]] = {}
+    with made_world() as (folder, common):
+        for layout, (ranks, own) in layouts.items():
+            run = Path("runs", name, layout.replace(" ", "_"))
+            start = f"--load {folder}/teacher --finetune --hybrid-run-dir {run}"
+            with RankPool(ranks, init=False) as pool:
+                pool.run(train, [*common.split(), *start.split(), *flags.split(), *own.split(), *sys.argv[1:]])
+            lines = (run / "metrics.jsonl").read_text().splitlines()
+            curves[layout] = [record for line in lines if (record := json.loads(line))["kind"] == "step"]
+    shown = {"reward": "critic/score/mean", "KL": "actor/kl_loss", "gradient": "actor/grad_norm"}
+    print(" " * 8 + "".join(f"{layout:>36}" for layout in curves))
+    print("    step" + "".join(f"{column:>12}" for column in [*shown] * len(curves)))
+    for steps in zip(*curves.values(), strict=True):
+        numbers = [step[key] for step in steps for key in shown.values()]
+        print(f"{steps[0]['step']:>8}" + "".join(f"{number:12.6f}" for number in numbers))
+    reference, *others = curves.values()
+    for column, key in shown.items():
+        largest = max(abs(a[key] - b[key]) for other in others for a, b in zip(reference, other, strict=True))
+        print(f"largest difference in {column}: {largest:.2g}")
+
+
+def train(argv: list[str]) -> None:
+    """A run on this rank, whose own words nobody needs: the numbers are in its folder."""
+    mh.cpu.enable()
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", ["student", *argv]):
+        args = parse_and_validate_args(mh.add_hybrid_args)
+        container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        mh.pretrain_hybrid(container, None, ModelType.encoder_or_decoder, mh.HybridForwardStep())
+
+
+@contextlib.contextmanager
+def made_world() -> Iterator[tuple[Path, str]]:
+    """The folder of the world and the student's flags; Megatron has ended again in this process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = f"{MODEL} {CPU} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}/tokenizer"
@@ -70,13 +124,11 @@ def world() -> Iterator[str]:
             start_alone()
             train_teacher(f"{flags} {TEACHER} --save {folder}/teacher")
             end_megatron()
-        start_alone()
-        with contextlib.redirect_stdout(ReportLines(sys.stdout)):
-            yield (
-                f"{flags} --hybrid-prompts {folder}/prompts.jsonl --hybrid-eval-prompts {folder}/held_out.jsonl "
-                f"--hybrid-teacher-load {folder}/teacher"
-            )
-        end_megatron()
+        yield (
+            folder,
+            f"{flags} --hybrid-prompts {folder}/prompts.jsonl --hybrid-eval-prompts {folder}/held_out.jsonl "
+            f"--hybrid-teacher-load {folder}/teacher",
+        )
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -118,9 +170,6 @@ def demonstrations() -> Iterator[tuple[Any, ...]]:
 
 def train_teacher(flags: str) -> None:
     """Cross-entropy on demonstrations, in Megatron's own loop, through the hybrid op (`--hybrid` without prompts)."""
-    from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
     def provider(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         return demonstrations(), None, None

@@ -48,5 +48,6 @@ while read -ra wanted; do
 done <<<"$peers"
 # Of another Python, or other versions: the two used last are kept, as setup_env.sh does.
 touch "$folder"
+# shellcheck disable=SC2012  # by age; the names are our own keys
 ls -dt "$cache"/peers-* | tail -n +3 | while IFS= read -r old; do say "removing the old $old"; rm -rf "$old"; done
 printf '%s\n' "$folder"

@@ -57,6 +57,7 @@ pip_install() { # pip with one line per ten packages instead of hundreds; the wh
 
 make_relocatable() { # built under another name and used through links: no file may hold the folder it was built in
     local script
+    # shellcheck disable=SC2013  # names of programs in bin/: no spaces
     for script in $(grep -lI -m 1 "^#!$build/bin/python" "$build"/bin/*); do
         # sh starts the python beside the script; to Python the same lines are a string.
         sed -i "1c #!/bin/sh\n'''exec' \"\$(dirname -- \"\$0\")/python\" \"\$0\" \"\$@\"\n' '''" "$script"
@@ -77,6 +78,7 @@ build_environment() {
     make_relocatable
     mv "$build" "$env" # the one step that makes it count as finished
     # Two are kept, this one and the one used last before it: enough to go between two branches, and the disk stays free.
+    # shellcheck disable=SC2012  # by age; the names are our own keys
     ls -dt "$cache"/env-* | tail -n +3 | while IFS= read -r old; do say "removing the old $old"; rm -rf "$old"; done
     say "done after ${SECONDS} s"
 }

@@ -9,6 +9,17 @@ from typing import Any
 
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "hybrid teacher": ("teacher_",),
+    "hybrid responses": ("group_size", "student_temperature", "max_response", "rollout_batch", "pack_", "truncated_"),
+    "hybrid use of responses": ("rollout_", "prefix_", "clip_", "mini_batches", "ppo_epochs"),
+    "hybrid LM head and op": ("backend", "lm_head"),
+    "hybrid prompts and rewards": ("prompts", "eval_", "system_", "file_reward"),
+    "hybrid report": ("run_dir", "gradient_norms", "samples_"),
+}
+"""Heading of the help to the settings below it, by the start of their names; a setting in none is of the objective."""
+_OBJECTIVE = "hybrid objective"
+
 
 class _TurnOn(argparse.Action):
     """`--hybrid` brings the Megatron setting that the hybrid gradient stands on."""
@@ -30,13 +41,14 @@ def add_hybrid_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     `--hybrid` also sets --calculate-per-token-loss: one global normaliser. Without it every other flag here is inert
     and the run is plain Megatron.
     """
-    group = parser.add_argument_group("hybrid", "online imitation and reinforcement at once (arXiv 2512.23097)")
-    group.add_argument(
+    groups = {title: parser.add_argument_group(title) for title in (_OBJECTIVE, *_GROUPS)}
+    groups[_OBJECTIVE].add_argument(
         "--hybrid", action=_TurnOn, nargs=0, default=False, help="train with the hybrid objective; off: plain Megatron"
     )
     for config in (HybridConfig, OnlineConfig):
         for f in fields(config):
             assert f.default is not MISSING, f.name
+            group = groups[_heading(f.name)]
             kind = _kind(str(f.type))
             default = "unset" if f.default is None else f.default
             text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
@@ -66,6 +78,10 @@ def hybrid_config_from_args(args: argparse.Namespace) -> HybridConfig | None:
 
 def _flag(name: str) -> str:
     return "--hybrid-" + name.replace("_", "-")
+
+
+def _heading(name: str) -> str:
+    return next((title for title, starts in _GROUPS.items() if name.startswith(starts)), _OBJECTIVE)
 
 
 def _kind(annotation: str) -> type:

@@ -33,6 +33,8 @@ _LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 300.0
 """Importing torch takes a rank seconds, but minutes where many ranks share two busy cores and a cold disk."""
 
+_PARENT_CHECK_S = 5.0
+
 
 class RankPool:
     """`size` local processes, kept alive for many jobs, ended by `close`, by leaving `with`, or with their parent.
@@ -172,6 +174,8 @@ class RankPool:
             pipe.close()
         for process in self._processes:
             if process.pid is not None:  # else never started
+                with suppress(ProcessLookupError):  # it has ended, or not come to make its group
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
 
@@ -215,6 +219,8 @@ def _read_all(stacks: Connection) -> str:
 
 def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float) -> None:
     """A rank's life: start, then answer jobs with (result, error) until the pipe ends."""
+    # A group of its own: what a job has started (Megatron's checkpoint writer keeps a helper) ends with the rank.
+    os.setpgid(0, 0)
     faulthandler.register(signal.SIGUSR1, file=stacks.fileno())  # the parent asks for them when a job hangs
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -236,11 +242,13 @@ def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, port: int
 
 
 def _leave_with_parent() -> None:
-    """Ends this rank when its parent has ended in any way, even in a job that hangs."""
+    """Ends this rank and its helpers when its parent has ended in any way, even in a job that hangs."""
     parent = parent_process()
     assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    # The sentinel, a pipe, also stays open in processes that the parent has forked: hence the look at who it is.
+    while not wait([parent.sentinel], timeout=_PARENT_CHECK_S) and os.getppid() == parent.pid:
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 def _outcome(function: Callable[..., Any], *args: Any) -> bytes:

@@ -7,7 +7,7 @@
 Drawing, sampling and scoring happen once per collection, from which several steps may learn (`updates.py`). The
 position in the prompts follows from the number of steps, and every random number from the step, the prompt and the
 sample, so a resumed run goes on exactly; what else a run has to remember goes into Megatron's checkpoint with the
-arguments (`credit.py`) or beside it (the student's copy).
+arguments (`credit.py`) or beside it (the student's copy; a collection that later steps still learn from).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
 from megatron_hybrid.schedule.microbatch import credited, microbatches
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+from megatron_hybrid.train.collection import load_collection, save_collection
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
 from megatron_hybrid.train.report import RunReport
@@ -183,17 +184,20 @@ class OnlineLoop:
         """What a run has to remember besides what Megatron does."""
         self.args.hybrid_state = self.credit.state()
         if self._copy is not None:
-            self._copy.save(_copy_folder(self.args.save, iteration))
+            self._copy.save(_beside(self.args.save, "hybrid_teacher", iteration))
+        if self._collection is not None and not self.updates.is_first(iteration):
+            folder = _beside(self.args.save, "hybrid_collection", iteration)
+            save_collection(folder, self._collection, self.parallel)
 
     def _begin(self, student: list[torch.nn.Module]) -> Teachers:
-        """The teachers, and what a checkpoint kept of credit and copy."""
+        """The teachers, and what a checkpoint kept of credit, copy and collection."""
         teachers = self.build_teachers(student)
         if self.saved_state:
             self.credit.load(self.saved_state)
         elif self._step > 0 and self.config.baseline == "running_mean":
             logger.warning("the checkpoint holds no mean of earlier rewards: the baseline starts anew")
         if self._step > 0 and teachers.copy is not None:
-            folder = _copy_folder(self.args.load, int(self.args.iteration))
+            folder = _beside(self.args.load, "hybrid_teacher", self._step)
             if not folder.exists():
                 raise ConfigError(
                     f"the teacher is a copy of the student, and the checkpoint of step {self.args.iteration} has "
@@ -201,6 +205,8 @@ class OnlineLoop:
                     "the copy is taken from its weights."
                 )
             teachers.copy.load(folder)
+        if self._step > 0 and not self.updates.is_first(self._step):
+            self._collection = load_collection(_beside(self.args.load, "hybrid_collection", self._step), self.parallel)
         return teachers
 
     @property
@@ -260,7 +266,9 @@ class OnlineLoop:
         if self.updates.is_first(step):
             return None
         if self._collection is None:
-            logger.warning("step %d is in the middle of a collection that is gone: it is sampled anew", step)
+            logger.warning(
+                "step %d is in the middle of a collection that was not kept for this layout: it is sampled anew", step
+            )
         return self._collection
 
     def _sample(self, call: ScheduleCall, num_rows: int) -> RolloutBatch:
@@ -314,9 +322,9 @@ class OnlineLoop:
         evaluate("iteration 0", self.forward_step, None, call.model, 0, None, config)
 
 
-def _copy_folder(checkpoints: str, iteration: int) -> Path:
-    """Where the student's copy of a checkpoint lies: beside Megatron's own folders, which it may not share."""
-    return Path(checkpoints) / "hybrid_teacher" / f"iter_{iteration:07d}"
+def _beside(checkpoints: str, name: str, iteration: int) -> Path:
+    """Where something of ours that belongs to a checkpoint lies: Megatron's own folders it may not share."""
+    return Path(checkpoints) / name / f"iter_{iteration:07d}"
 
 
 class _Clock:

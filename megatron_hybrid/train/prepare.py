@@ -5,6 +5,7 @@ each other. Nothing is built, and nothing written but the empty run folder.
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     Raises:
         ConfigError, DataError: see the messages; nothing has been built or written.
     """
+    _check_launcher()
     _check_job(args)
     _check_batches(args, config)
     _check_teacher_settings(args, config, online, has_teacher)
@@ -114,6 +116,17 @@ def _longest_prompt(online: OnlineConfig, room: int) -> int:
     return online.max_prompt_length or room
 
 
+def _check_launcher() -> None:
+    """Ranks that torchrun starts again can find each other."""
+    launcher = os.environ
+    if int(launcher.get("TORCHELASTIC_MAX_RESTARTS", 0)) and launcher.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            "torchrun is to restart ranks that die (--max-restarts), but on a store that still holds the addresses of "
+            "those before them: the restart would end in refused connections (seen with torch 2.14). Start torchrun "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment."
+        )
+
+
 def _check_job(args: Namespace) -> None:
     """Megatron's settings that a plain run may leave at their defaults."""
     if args.eval_interval is None:
@@ -129,7 +142,7 @@ def _check_job(args: Namespace) -> None:
 
 
 def _check_batches(args: Namespace, config: HybridConfig) -> None:
-    """Groups and collections of rollouts fit into Megatron's batches and checkpoints."""
+    """Groups and collections of rollouts fit into Megatron's batches."""
     per_replica = args.global_batch_size // args.data_parallel_size
     if per_replica % config.group_size:
         raise ConfigError(
@@ -147,12 +160,6 @@ def _check_batches(args: Namespace, config: HybridConfig) -> None:
         raise ConfigError(
             "baseline 'reinforce_plus_plus' compares the responses of a collection, and --global-batch-size 1 makes "
             "one at a time: it has nobody to be compared with. Raise it, or use baseline 'running_mean'."
-        )
-    if args.save and args.save_interval and args.save_interval % (config.mini_batches * config.ppo_epochs):
-        raise ConfigError(
-            f"--save-interval {args.save_interval} falls in the middle of a collection of rollouts, from which "
-            f"{config.mini_batches} mini-batches x {config.ppo_epochs} epochs of steps learn: a run resumed there "
-            "would sample it anew, from other weights. Use a multiple of their product."
         )
 
 

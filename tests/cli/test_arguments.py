@@ -187,3 +187,21 @@ def test_help_names_every_flag_with_its_default():
     for _, f in SETTINGS:
         assert re.search(rf"{flag(f)}\s", text)
         assert f"(default: {'unset' if f.default is None else f.default})" in text
+
+
+def test_help_puts_settings_of_one_kind_under_one_heading():
+    # Parts end in an empty line; headings end in a colon and start at the margin.
+    parts = add_hybrid_args(argparse.ArgumentParser()).format_help().split("\n\n")
+    headings = {flag: part.partition(":\n")[0] for part in parts for flag in re.findall(r"^  (--\S+)", part, re.M)}
+    together = [
+        ("--hybrid", "--hybrid-reward-weight", "--hybrid-baseline", "--hybrid-cost-baseline", "--hybrid-divergence"),
+        ("--hybrid-teacher-load", "--hybrid-teacher-payload", "--hybrid-teacher-topk"),
+        ("--hybrid-rollout-correction", "--hybrid-clip-ratio-low", "--hybrid-mini-batches"),
+        ("--hybrid-max-response-length", "--hybrid-group-size", "--hybrid-rollout-batch-size"),
+        ("--hybrid-lm-head", "--hybrid-lm-head-chunk-size", "--hybrid-backend"),
+        ("--hybrid-prompts", "--hybrid-eval-prompts", "--hybrid-file-reward"),
+        ("--hybrid-run-dir", "--hybrid-samples-interval"),
+    ]
+    found = [{headings[flag] for flag in flags} for flags in together]
+    assert all(len(kind) == 1 for kind in found)
+    assert len(set.union(*found)) == len(together)

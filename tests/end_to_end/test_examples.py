@@ -67,6 +67,19 @@ def test_in_example_2_the_reward_rises_to_nearly_one_at_the_cost_of_log_7_nats(t
     assert after["kl"] < before["kl"]
 
 
+@pytest.mark.parametrize("example", ["3_tensor_parallel", "4_pipeline_parallel"])
+def test_in_examples_3_and_4_both_layouts_draw_the_same_curve(tmp_path, example):
+    printed = printed_by(f"{example}.py", tmp_path, "--train-iters", "8")
+    rows = [[float(word) for word in line.split()] for line in printed.splitlines() if line.split()[0].isdigit()]
+    assert [row[0] for row in rows] == list(range(1, 9))
+    for _, *numbers in rows:
+        # The same responses, rewards of 0 and 1; KL and gradients up to fp32 roundings that Adam amplifies.
+        assert numbers[0] == numbers[3]
+        assert numbers[1:3] == pytest.approx(numbers[4:], rel=1e-2, abs=1e-5)
+    assert rows[-1][1] > rows[0][1], "the reward rises"
+    assert len(list((tmp_path / "runs" / example).iterdir())) == 2
+
+
 def test_further_flags_of_a_user_win(tmp_path):
     printed = printed_by("1_imitate_on_cpu.py", tmp_path, "--train-iters", "2", "--hybrid-run-dir", "mine")
     assert "step 2/2" in printed

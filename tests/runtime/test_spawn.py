@@ -180,14 +180,19 @@ def test_megatron_starts_fresh_in_every_job(rank_pool: Pools, init: bool) -> Non
 
 SCRIPT = """
 import os, sys, time
+from multiprocessing import get_context
 from megatron_hybrid.runtime.spawn import RankPool
 
 def say_and_hang():
-    os.write(1, f"{os.getpid()}\\n".encode())  # whole lines: both ranks write to one pipe
-    time.sleep(60 if sys.argv[1] == "hang" else 0)
+    helper = get_context("spawn").Manager()  # as Megatron's checkpoint writer keeps one
+    os.write(1, f"{os.getpid()} {helper._process.pid}\\n".encode())  # whole lines: both ranks write to one pipe
+    time.sleep(0 if sys.argv[1] == "leave" else 60)
 
 if __name__ == "__main__":
     pool = RankPool(2, init=False)
+    if sys.argv[1] == "fork" and os.fork() == 0:
+        os.write(1, f"{os.getpid()} 0\\n".encode())
+        time.sleep(60)
     pool.run(say_and_hang)
 """
 
@@ -215,12 +220,26 @@ def test_a_script_that_forgets_to_close_its_pool_still_ends(script: Path) -> Non
 
 
 @pytest.mark.procs
-def test_ranks_end_with_a_parent_that_is_killed_in_the_middle_of_a_job(script: Path) -> None:
+def test_ranks_and_their_helpers_end_with_a_parent_that_is_killed_in_the_middle_of_a_job(script: Path) -> None:
     with start(script, "hang") as process:
         assert process.stdout is not None
-        pids = [int(process.stdout.readline()) for _ in range(2)]
+        pids = [int(pid) for _ in range(2) for pid in process.stdout.readline().split()]
         process.kill()
+    assert len(pids) == 4
     assert wait_until_gone(pids, seconds=10) == []
+
+
+@pytest.mark.procs
+def test_ranks_end_though_a_fork_of_their_killed_parent_lives_on(script: Path) -> None:
+    with start(script, "fork") as process:
+        assert process.stdout is not None
+        fork = int(process.stdout.readline().split()[0])
+        try:
+            pids = [int(pid) for _ in range(2) for pid in process.stdout.readline().split()]
+            process.kill()
+            assert wait_until_gone(pids, seconds=20) == []
+        finally:
+            os.kill(fork, signal.SIGKILL)
 
 
 def test_a_pool_of_no_ranks_is_refused() -> None:

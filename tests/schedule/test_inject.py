@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -67,6 +70,27 @@ def test_our_state_is_ready_before_megatron_saves(hooks):
     with injected(hooks):
         training.save_checkpoint_and_time(7, object())
     assert hooks.seen == [("before save", 7), ("save", 7)]
+
+
+def test_a_helper_that_megatron_starts_while_saving_outlives_the_signal_that_stops_the_job(hooks, monkeypatch):
+    helpers, received = [], []
+
+    def save_checkpoint_and_time(iteration, model) -> None:
+        helpers.append(get_context("spawn").Manager())  # as Megatron's checkpoint writer does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training, "save_checkpoint_and_time", save_checkpoint_and_time)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with injected(hooks):
+            training.save_checkpoint_and_time(7, object())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM], "the rank itself hears of it, after the save"
+    (helper,) = helpers
+    os.kill(helper._process.pid, signal.SIGTERM)
+    assert helper.list([1])[0] == 1, "it still answers"
+    helper.shutdown()
 
 
 def test_all_names_are_ours_inside_the_block_and_the_originals_after_it():

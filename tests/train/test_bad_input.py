@@ -294,12 +294,6 @@ CASES = [
         "ConfigError",
         "'reinforce_plus_plus' .*--global-batch-size 1 .*Raise it, or use",
     ),
-    (
-        "checkpoint inside a collection",
-        {"hybrid_mini_batches": 2, "hybrid_ppo_epochs": 2, "save": "{folder}/saved", "save_interval": 6},
-        "ConfigError",
-        "--save-interval 6 falls in the middle .*2 mini-batches x 2 epochs",
-    ),
     # The job.
     (
         "dropout",

@@ -114,22 +114,27 @@ def test_one_collection_serves_mini_batches_and_epochs(rank_pool, folder):
     assert max(record["actor/pg_clipfrac"] for record in found) > 0
 
 
-def test_a_run_stopped_between_collections_goes_on_exactly_and_inside_one_samples_anew(rank_pool, folder):
-    fixed = {"train_iters": 6, "lr_decay_iters": 6, "hybrid_mini_batches": 2, "save_interval": 2}
+def test_a_run_stopped_between_collections_or_inside_one_goes_on_exactly(rank_pool, folder):
+    fixed = {"train_iters": 6, "lr_decay_iters": 6, "hybrid_mini_batches": 2, "hybrid_ppo_epochs": 2}
 
     def flags(name: str, **more: Any) -> dict[str, Any]:
-        return fixed | {"save": f"{folder}/{name}-checkpoints"} | more
+        return fixed | {"save": f"{folder}/{name}-checkpoints", "save_interval": 2} | more
 
     whole = records(rank_pool, folder, "batches", **flags("batches"))
-    records(rank_pool, folder, "batches-parts", **flags("batches-parts", exit_interval=4))
-    load = {"load": f"{folder}/batches-parts-checkpoints"}
-    assert records(rank_pool, folder, "batches-parts", **flags("batches-parts", **load)) == whole
-    # Megatron also saves where it is stopped, and that may be anywhere.
-    records(rank_pool, folder, "batches-cut", **flags("batches-cut", exit_interval=3))
-    load = {"load": f"{folder}/batches-cut-checkpoints"}
-    cut = records(rank_pool, folder, "batches-cut", **flags("batches-cut", **load))
-    assert cut[:3] == whole[:3]
-    assert [record["training/policy_age"] for record in cut] == [0, 1, 0, 0, 0, 1]
+    for stop in (4, 3):  # Megatron also saves where it is stopped, and that may be anywhere
+        name = f"batches-{stop}"
+        records(rank_pool, folder, name, **flags(name, exit_interval=stop))
+        parts = records(rank_pool, folder, name, **flags(name, load=f"{folder}/{name}-checkpoints"))
+        assert parts == whole
+        assert [record["training/policy_age"] for record in parts] == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_collection_of_another_layout_is_sampled_anew(rank_pool, folder):
+    fixed = {"train_iters": 4, "lr_decay_iters": 4, "hybrid_mini_batches": 2, "save_interval": 1}
+    fixed |= {"save": f"{folder}/moved-checkpoints"}
+    records(rank_pool, folder, "moved", 2, **fixed, exit_interval=1)
+    moved = records(rank_pool, folder, "moved", **fixed, load=f"{folder}/moved-checkpoints")
+    assert [record["training/policy_age"] for record in moved] == [0, 0, 0, 1]
 
 
 def test_schedules_are_followed_and_reported(rank_pool, folder):
