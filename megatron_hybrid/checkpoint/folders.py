@@ -75,6 +75,8 @@ def megatron_folder_to_hf(
     hf_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer or args["tokenizer_model"]))
     on_stage("renaming")
     special = {name: getattr(hf_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # A tokenizer may add a token for padding that the model has no row for: transformers then builds no model.
+    special = {name: i if i is not None and i < args["vocab_size"] else None for name, i in special.items()}
     config = {**megatron_args_to_hf_config(args), **special}
     hf_state = megatron_to_hf(state, args)
     on_stage("writing")

@@ -74,6 +74,8 @@ def build_gpt(args: Mapping[str, Any], *, dtype: torch.dtype) -> GPTModel:
         gated_linear_unit=args["swiglu"],
         activation_func=torch.nn.functional.silu,
         add_bias_linear=args["add_bias_linear"],
+        add_qkv_bias=args.get("add_qkv_bias", False),
+        qk_layernorm=args.get("qk_layernorm", False),
         attention_dropout=args["attention_dropout"],
         hidden_dropout=args["hidden_dropout"],
         rotary_interleaved=args["rotary_interleaved"],
@@ -87,12 +89,13 @@ def build_gpt(args: Mapping[str, Any], *, dtype: torch.dtype) -> GPTModel:
     )
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization=args["normalization"]),
+        get_gpt_layer_local_spec(normalization=args["normalization"], qk_layernorm=config.qk_layernorm),
         vocab_size=args["padded_vocab_size"],
         max_sequence_length=args["max_position_embeddings"],
         position_embedding_type=args["position_embedding_type"],
         rotary_base=args["rotary_base"],
         rotary_percent=args["rotary_percent"],
+        rope_scaling=args.get("use_rope_scaling", False),
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
     )
     return model.to(dtype)  # torch's norms ignore params_dtype; Megatron casts them in the same way while training
