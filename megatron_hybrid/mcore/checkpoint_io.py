@@ -33,7 +33,8 @@ from megatron_hybrid.errors import DataError, HybridError
 from megatron_hybrid.runtime import cpu
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+MODEL_TENSORS = ("embedding.", "decoder.", "output_layer.")
+"""How the names of a model's own tensors begin on disk; the others are the optimizer's."""
 _STACKED = re.compile(r"^decoder\.layers\.(?!\d)(.+)$")
 # The local layer spec keeps its norms beside the linear layers; on disk they sit where Transformer Engine fuses them.
 _LOCAL_NORMS = {
@@ -163,6 +164,14 @@ def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], ar
     return folder
 
 
+def load_metadata(folder: str | Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """What a checkpoint stores besides tensors, and global shape and dtype of each tensor; none of them is loaded."""
+    inner = str(checkpoint_folder(folder))
+    tensors = dist_checkpointing.load_tensors_metadata(inner)
+    shapes = {name: (tuple(tensor.global_shape), tensor.dtype) for name, tensor in tensors.items()}
+    return dist_checkpointing.load_common_state_dict(inner), shapes
+
+
 def load_megatron_args(folder: str | Path) -> dict[str, Any]:
     """The arguments stored in a checkpoint, without its tensors."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint_folder(folder)))
@@ -181,7 +190,8 @@ def load_megatron_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str
     """
     inner = checkpoint_folder(folder)
     args = load_megatron_args(folder)
-    wanted = {k: v for k, v in dist_checkpointing.load_tensors_metadata(str(inner)).items() if k.startswith(_WEIGHTS)}
+    metadata = dist_checkpointing.load_tensors_metadata(str(inner))
+    wanted = {name: entry for name, entry in metadata.items() if name.startswith(MODEL_TENSORS)}
     with single_rank():
         plain = dist_checkpointing.load(wanted, str(inner), validate_access_integrity=False)
     state: dict[str, Tensor] = {}
