@@ -7,8 +7,9 @@
 #   1  arithmetic_corpus.py        a corpus of sums and differences, one answer in four wrong; questions as .jsonl
 #   2  tools/train_tokenizer.py    a sentencepiece tokenizer of the corpus
 #   3  tools/preprocess_data.py    the corpus as Megatron's indexed dataset
-#   4  pretrain_gpt.py             teacher: 2 layers of width 96, Megatron's own pretraining
-#   5  pretrain_gpt.py --hybrid    student: 1 layer of width 64, random weights; imitates it and is rewarded for right answers
+#   4  pretrain_gpt.py             a teacher of three layers, Megatron's own pretraining
+#   5  tools/prune_checkpoint.py   a student: the teacher without its middle layer, which answers badly
+#   6  pretrain_gpt.py --hybrid    the student imitates the teacher and is rewarded for right answers
 #
 # The tokenizer has no chat template: a prompt is the question and a line break, as in the corpus. The teacher knows
 # right and wrong answers as the corpus has them, the reward tells them apart: the student ends above the corpus' 75 %.
@@ -23,7 +24,7 @@ run="${RUN_DIR:-runs/5_from_a_text_corpus}"
 pretrain_iters="${PRETRAIN_ITERS:-300}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore
 
-rm -rf "$run/data" "$run/teacher"
+rm -rf "$run"/{data,teacher,pruned,student}
 "$python" examples/arithmetic_corpus.py "$run/data"
 "$python" tools/train_tokenizer.py --input "$run/data/corpus.jsonl" --save "$run/data/tokenizer.model" --vocab-size 320
 tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$run/data/tokenizer.model")
@@ -31,7 +32,8 @@ tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$run/data/
 
 shape=(
     --swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
-    --attention-dropout 0 --hidden-dropout 0 --max-position-embeddings 64 --make-vocab-size-divisible-by 64
+    --hidden-size 96 --num-attention-heads 4 --attention-dropout 0 --hidden-dropout 0
+    --max-position-embeddings 64 --make-vocab-size-divisible-by 64
 )
 training=(
     --calculate-per-token-loss --weight-decay 0 --clip-grad 1 --init-method-std 0.05
@@ -58,16 +60,18 @@ pretrain() {
 
 printf 'teacher: %s steps of pretraining; everything Megatron says is in %s\n' "$pretrain_iters" "$run/teacher.log"
 pretrain "$run/teacher.log" 'validation loss at iteration' \
-    --num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length 64 --data-path "$run/data/corpus" --split 95,5,0 \
+    --num-layers 3 --seq-length 64 --data-path "$run/data/corpus" --split 95,5,0 \
     --micro-batch-size 16 --global-batch-size 16 --train-iters "$pretrain_iters" --lr 3e-3 --min-lr 3e-4 \
     --lr-decay-style cosine --eval-iters 4 --eval-interval "$pretrain_iters" \
     --save "$run/teacher" --save-interval "$pretrain_iters"
+
+"$python" tools/prune_checkpoint.py --load "$run/teacher" --save "$run/pruned" --drop 1 2> "$run/pruning.log"
 
 printf 'student: hybrid training; everything Megatron says is in %s\n' "$run/student.log"
 pretrain "$run/student.log" '^(step|held-out|before and after|samples after|[0-9]+ figures|[┏┡└├│┃┗┠╇])|jsonl: ' \
     --hybrid --hybrid-prompts "$run/data/prompts.jsonl" --hybrid-eval-prompts "$run/data/held_out.jsonl" \
     --hybrid-teacher-load "$run/teacher" --hybrid-reward-weight 1 --hybrid-imitation-weight 0.2 \
     --hybrid-group-size 8 --hybrid-max-response-length 4 --hybrid-rollout-batch-size 128 --hybrid-run-dir "$run" \
-    --num-layers 1 --hidden-size 64 --num-attention-heads 4 --seq-length 32 \
-    --micro-batch-size 128 --global-batch-size 128 --train-iters 150 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine \
+    --load "$run/pruned" --finetune --num-layers 2 --seq-length 32 \
+    --micro-batch-size 128 --global-batch-size 128 --train-iters 150 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine \
     --eval-iters 1 --eval-interval 1000 --save "$run/student" --save-interval 1000 "$@"

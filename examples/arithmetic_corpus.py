@@ -1,10 +1,10 @@
 """A small corpus and its questions, the same in every run, for 5_from_a_text_corpus.sh.
 
-    python examples/arithmetic_corpus.py FOLDER
+python examples/arithmetic_corpus.py FOLDER
 
-    corpus.jsonl     4000 texts: a question and, on the next line, its answer. One answer in four is wrong by one.
-    prompts.jsonl    questions to train on, with the right answer
-    held_out.jsonl   the others: each sum or difference is asked for in two ways, and of some only one was trained on
+corpus.jsonl     4000 texts: a question and, on the next line, its answer. One answer in four is wrong by one.
+prompts.jsonl    questions to train on, with the right answer
+held_out.jsonl   the others: each sum or difference is asked for in two ways, and of some only one was trained on
 """
 
 import json
@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-LARGEST = 6
+LARGEST = 5
 PHRASES = {
     "+": ("What is {} plus {} ?", "Take {} and add {} ."),
     "-": ("What is {} minus {} ?", "Take {} and subtract {} ."),

@@ -81,6 +81,8 @@ def megatron_folder_to_hf(
             f"{args.get('tokenizer_model')}): {error}. Give the folder of one with the same ids as --tokenizer."
         ) from error
     on_stage("renaming")
+    if args.get("vocab_size") is None:  # as Megatron's training leaves it, unless --vocab-size was given
+        args["vocab_size"] = len(hf_tokenizer)
     special = {name: getattr(hf_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # A tokenizer may add a token for padding that the model has no row for: transformers then builds no model.
     special = {name: i if i is not None and i < args["vocab_size"] else None for name, i in special.items()}

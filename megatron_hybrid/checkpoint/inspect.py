@@ -133,7 +133,7 @@ def _vocabulary(args: Mapping[str, Any], entries: Sequence[TensorEntry]) -> str:
     """Tokens that mean something, and rows of the embedding, which Megatron pads."""
     true = args.get("vocab_size")
     rows = next((entry.shape[0] for entry in entries if entry.name == _EMBEDDING), args.get("padded_vocab_size"))
-    return f"{'not stored' if true is None else true} true, {rows} padded"
+    return f"{'not stored (the tokenizer knows)' if true is None else f'{true} true'}, {rows} padded"
 
 
 def _sizes(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, str]]:

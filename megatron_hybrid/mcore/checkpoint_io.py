@@ -126,7 +126,10 @@ def load_weights(model: GPTModel, state: Mapping[str, Tensor]) -> None:
 
 
 def megatron_logits(state: Mapping[str, Tensor], args: Mapping[str, Any], tokens: Tensor) -> Tensor:
-    """Logits [b, s, vocab_size] fp32 of Megatron's own GPTModel with these tensors, for tokens [b, s]."""
+    """Logits [b, s, vocab_size] fp32 of Megatron's own GPTModel with these tensors, for tokens [b, s].
+
+    Checkpoints of training may not know their vocab_size: then the padded columns are among them.
+    """
     with single_rank(), torch.no_grad():
         model_parallel_cuda_manual_seed(0)  # attention forks this state, even without dropout
         model = build_gpt(args, dtype=torch.float32).eval()

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from megatron_hybrid.checkpoint.folders import hf_folder_to_megatron
+from megatron_hybrid.checkpoint.compare import TOLERANCE, compare_logits
+from megatron_hybrid.checkpoint.folders import hf_folder_to_megatron, megatron_folder_to_hf
 from megatron_hybrid.runtime import cpu
 from tests.checkpoint.tiny_llama import RELATIVES, VOCAB, make_folder
 
@@ -96,6 +98,7 @@ def test_megatron_loads_the_checkpoint_at_any_layout(checkpoint, tmp_path, rank_
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_state
 
     folder, expected_loss = checkpoint
+    tokens = torch.arange(16)[None] % 60
     results = rank_pool(2, init=False).run(train_one_idle_step, str(folder), str(tmp_path / "again"), flags)
 
     before, args_before = load_megatron_state(folder)
@@ -106,7 +109,16 @@ def test_megatron_loads_the_checkpoint_at_any_layout(checkpoint, tmp_path, rank_
     for name in ("num_layers", "padded_vocab_size", "rotary_base", "tokenizer_model", "num_query_groups"):
         assert args_before[name] == args_after[name], name
 
+    # What was trained goes back to Hugging Face, though Megatron's training does not store the vocabulary's true size.
+    assert args_after["vocab_size"] is None
+    megatron_folder_to_hf(tmp_path / "again", tmp_path / "back")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert exported.config.vocab_size == VOCAB
+    assert compare_logits(tmp_path / "back", tmp_path / "again", text="w3 w4 w5") < TOLERANCE
     if dtype == torch.float32:
+        original = AutoModelForCausalLM.from_pretrained(folder.with_name("hf"))
+        with torch.no_grad():
+            assert torch.equal(exported(tokens).logits, original(tokens).logits)
         losses = [loss for ranks in results for loss in ranks]
         # fp32 sums in another order, as for the logits of one rank.
         assert losses and losses == pytest.approx([expected_loss] * len(losses), rel=1e-5)
