@@ -5,9 +5,13 @@
     python tools/convert_checkpoint.py compare --hf models/smollm2-hf --megatron models/smollm2
     python tools/convert_checkpoint.py megatron-to-hf --load runs/first/checkpoints --save models/trained-hf
 
-`hf-to-megatron` prints the Megatron flags of the model; `--load DIR --finetune --use-checkpoint-args` finds most of
-them by itself. The result loads at every TP x PP x VPP that divides the model. Half a minute for 135M
-parameters on one core.
+Llama (3.1's rotary scaling too), SmolLM2, Mistral without a window that acts, Qwen2, Qwen3; others are refused with
+a reason: convert them with Megatron-Bridge, in an environment of its own. Files are safetensors, values are kept bit
+for bit (or rounded once, --dtype).
+
+`hf-to-megatron` prints the Megatron flags of the model: give them. `--finetune --use-checkpoint-args` restores most of
+them by itself, but not the epsilon of norms, Qwen3's norms of heads or the scaling of rotary positions. The result
+loads at every TP x PP x VPP that divides the model. Half a minute for 135M parameters on one core.
 """
 
 import argparse

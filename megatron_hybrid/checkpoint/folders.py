@@ -72,11 +72,20 @@ def megatron_folder_to_hf(
 
     on_stage("reading")
     state, args = load_megatron_state(load)
-    hf_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer or args["tokenizer_model"]))
-    if args.get("vocab_size") is None:  # Megatron took it from the tokenizer and kept the padded one alone
-        args = {**args, "vocab_size": len(hf_tokenizer)}
+    folder = str(tokenizer or args.get("tokenizer_model"))
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no Hugging Face tokenizer can be read from {folder} (the checkpoint's is {args.get('tokenizer_type')} "
+            f"{args.get('tokenizer_model')}): {error}. Give the folder of one with the same ids as --tokenizer."
+        ) from error
     on_stage("renaming")
+    if args.get("vocab_size") is None:  # as Megatron's training leaves it, unless --vocab-size was given
+        args["vocab_size"] = len(hf_tokenizer)
     special = {name: getattr(hf_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # A tokenizer may add a token for padding that the model has no row for: transformers then builds no model.
+    special = {name: i if i is not None and i < args["vocab_size"] else None for name, i in special.items()}
     config = {**megatron_args_to_hf_config(args), **special}
     hf_state = megatron_to_hf(state, args)
     on_stage("writing")

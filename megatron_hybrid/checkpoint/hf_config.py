@@ -1,6 +1,13 @@
 """The architecture of a Llama-shaped model as Hugging Face's config.json and as Megatron's arguments, both ways.
 
-Plain values in, plain values out; whatever the other side cannot express is refused, never dropped. Needs no torch.
+    llama, SmolLM2's among them    the plain shape; also with Llama 3.1's rotary scaling
+    mistral                        the same function while its sliding window holds every position
+    qwen2                          biases on q, k and v                         --add-qkv-bias
+    qwen3                          RMSNorm over each head's q and k             --qk-layernorm
+
+On the way back a model is written as the first of these that computes it, so a Mistral comes back as a Llama, bit for
+bit the same tensors. Plain values in, plain values out; whatever the other side cannot express is refused, never
+dropped. Needs no torch.
 """
 
 from collections.abc import Mapping
@@ -8,6 +15,39 @@ from typing import Any
 
 from megatron_hybrid.errors import DataError
 
+_FAMILIES = {  # model_type: class, what it adds in Megatron's names
+    "llama": ("LlamaForCausalLM", {"add_qkv_bias": False, "qk_layernorm": False}),
+    "mistral": ("MistralForCausalLM", {"add_qkv_bias": False, "qk_layernorm": False}),
+    "qwen2": ("Qwen2ForCausalLM", {"add_qkv_bias": True, "qk_layernorm": False}),
+    "qwen3": ("Qwen3ForCausalLM", {"add_qkv_bias": False, "qk_layernorm": True}),
+}
+# Llama 3.1's, the only numbers that Megatron's --use-rope-scaling has: 0.19.2 reads --rope-scaling-factor and drops it.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_MEGATRON_NEEDS = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+}
+_MEGATRON_MAY_LACK = {  # settings that change the function, and their value where it is Llama's
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "rope_scaling_factor": _LLAMA3_ROPE["factor"],
+    "window_size": None,
+    "layernorm_zero_centered_gamma": False,
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "multi_latent_attention": False,
+    "num_experts": None,
+}
 _VALUED_FLAGS = (
     "num_layers",
     "hidden_size",
@@ -23,6 +63,8 @@ _VALUED_FLAGS = (
     "hidden_dropout",
     "make_vocab_size_divisible_by",
 )
+
+_SWITCHES = ("add_qkv_bias", "qk_layernorm", "use_rope_scaling", "untie_embeddings_and_output_weights")
 
 
 def hf_config_to_megatron_args(config: Mapping[str, Any], *, pad_vocab_to: int | None = None) -> dict[str, Any]:
@@ -51,6 +93,7 @@ def hf_config_to_megatron_args(config: Mapping[str, Any], *, pad_vocab_to: int |
         "max_position_embeddings": config["max_position_embeddings"],
         "position_embedding_type": "rope",
         "rotary_base": int(_rope(config)["rope_theta"]),
+        "use_rope_scaling": _rope(config)["rope_type"] == "llama3",
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "normalization": "RMSNorm",
@@ -58,7 +101,7 @@ def hf_config_to_megatron_args(config: Mapping[str, Any], *, pad_vocab_to: int |
         "layernorm_epsilon": epsilon,  # the same flag, --norm-epsilon, lands in this name since 0.19
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        **_FAMILIES[config["model_type"]][1],
         "attention_dropout": float(config.get("attention_dropout", 0.0)),
         "hidden_dropout": 0.0,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
@@ -70,17 +113,20 @@ def hf_config_to_megatron_args(config: Mapping[str, Any], *, pad_vocab_to: int |
 
 def megatron_args_to_hf_config(args: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model saved with these Megatron arguments. Ids of special tokens are the tokenizer's."""
-    expected = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
-    for name, value in expected.items():
-        if args.get(name) != value:
+    for name, value in (_MEGATRON_NEEDS | _MEGATRON_MAY_LACK).items():
+        given = args.get(name, _MEGATRON_MAY_LACK.get(name))
+        if given != value:
             raise DataError(
-                f"a Llama-shaped model has {name}={value!r}, this checkpoint has {args.get(name)!r}: "
-                "it cannot be written as a Hugging Face Llama."
+                f"a Llama-shaped model has {name}={value!r}, this checkpoint has {given!r}: "
+                "it cannot be written as one for Hugging Face."
             )
+    family, architecture = _family(args)
+    theta = float(args["rotary_base"])
+    rope = _LLAMA3_ROPE if args.get("use_rope_scaling") else {"rope_type": "default"}
     epsilon = args.get("layernorm_epsilon", args.get("norm_epsilon"))
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": family,
         "num_hidden_layers": args["num_layers"],
         "hidden_size": args["hidden_size"],
         "intermediate_size": args["ffn_hidden_size"],
@@ -94,8 +140,10 @@ def megatron_args_to_hf_config(args: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": False,
         "attention_dropout": args.get("attention_dropout", 0.0),
         "max_position_embeddings": args["max_position_embeddings"],
-        "rope_parameters": {"rope_theta": float(args["rotary_base"]), "rope_type": "default"},
-        "rope_theta": float(args["rotary_base"]),  # where transformers looked before version 5
+        "rope_parameters": {"rope_theta": theta, **rope},
+        # Where transformers looked before version 5.
+        "rope_theta": theta,
+        "rope_scaling": rope if rope is _LLAMA3_ROPE else None,
         "rms_norm_eps": epsilon,
         "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
         "vocab_size": args["vocab_size"],
@@ -103,15 +151,29 @@ def megatron_args_to_hf_config(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def megatron_flags(args: Mapping[str, Any]) -> list[str]:
-    """The command line that builds the same model where --use-checkpoint-args is not wanted."""
+    """The command line that builds the same model.
+
+    --use-checkpoint-args of Megatron 0.19.2 restores most of it, but neither the epsilon of norms nor the norms of
+    heads nor the scaling of rotary positions.
+    """
     flags = ["--disable-bias-linear", "--swiglu"]
+    flags += [f"--{name.replace('_', '-')}" for name in _SWITCHES if args.get(name)]
     if args["group_query_attention"]:
         flags += ["--group-query-attention", "--num-query-groups", str(args["num_query_groups"])]
-    if args["untie_embeddings_and_output_weights"]:
-        flags.append("--untie-embeddings-and-output-weights")
     for name in _VALUED_FLAGS:
         flags += [f"--{name.replace('_', '-')}", str(args[name])]
     return flags
+
+
+def _family(args: Mapping[str, Any]) -> tuple[str, str]:
+    """model_type and class of the first family that computes what these arguments compute."""
+    for family, (architecture, extras) in _FAMILIES.items():
+        if all(bool(args.get(name)) == value for name, value in extras.items()):
+            return family, architecture
+    raise DataError(
+        "the checkpoint has biases on q, k and v (add_qkv_bias) and norms of heads (qk_layernorm): Qwen2 has the one, "
+        "Qwen3 the other, no model of Hugging Face that is known here has both."
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +186,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_what_llama_lacks(config: Mapping[str, Any]) -> None:
     """Settings that change the computation and that this mapping would silently lose."""
     wanted: dict[str, tuple[Any, ...]] = {
-        "model_type": ("llama",),
+        "model_type": tuple(_FAMILIES),
         "hidden_act": ("silu",),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
@@ -134,12 +196,40 @@ def _refuse_what_llama_lacks(config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if value not in allowed:
             raise DataError(
-                f"config.json has {name}={value!r}, this conversion knows {allowed[0]!r} only: another model "
-                "would be computed. Convert such a model with Megatron-Bridge."
+                f"config.json has {name}={value!r}, this conversion knows {', '.join(map(repr, allowed))}: "
+                "another model would be computed. Convert such a model with Megatron-Bridge."
             )
-    rope = _rope(config)
-    if rope["rope_type"] != "default":
+    _refuse_windows(config)
+    _refuse_rotations(_rope(config))
+
+
+def _refuse_windows(config: Mapping[str, Any]) -> None:
+    """A window as wide as the positions never acts. Mistral has one unless told otherwise, Qwen only if told so."""
+    if config["model_type"] == "mistral":
+        window = config.get("sliding_window", 4096)
+    else:
+        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    if window is not None and window < config["max_position_embeddings"]:
         raise DataError(
-            f"config.json scales rotary positions ({rope['rope_type']!r}), this conversion knows plain ones only: "
-            "long contexts would differ. Convert such a model with Megatron-Bridge."
+            f"config.json has a sliding window of {window} tokens and {config['max_position_embeddings']} positions: "
+            "the converted model would look further back than this one. For sequences up to the window they are the "
+            f"same: set max_position_embeddings to {window} in config.json, and --seq-length to no more."
+        )
+
+
+def _refuse_rotations(rope: Mapping[str, Any]) -> None:
+    kind = rope["rope_type"]
+    wanted = _LLAMA3_ROPE if kind == "llama3" else {"rope_type": "default"}
+    different = {name: rope.get(name) for name, value in wanted.items() if rope.get(name) != value}
+    if different:
+        raise DataError(
+            f"config.json scales rotary positions ({kind!r}) with {different}, Megatron can rotate plainly or by Llama "
+            f"3.1's {_LLAMA3_ROPE}: every position would be turned otherwise. Convert such a model with "
+            "Megatron-Bridge, and give Megatron a model provider that passes its numbers on."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or rope["rope_theta"] != int(rope["rope_theta"]):
+        raise DataError(
+            f"config.json has rope_theta={rope['rope_theta']} and partial_rotary_factor="
+            f"{rope.get('partial_rotary_factor', 1.0)}: whole heads and a whole number (--rotary-base) were expected, "
+            "the rest would be lost. Convert such a model with Megatron-Bridge."
         )

@@ -33,7 +33,8 @@ from megatron_hybrid.errors import DataError, HybridError
 from megatron_hybrid.runtime import cpu
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+MODEL_TENSORS = ("embedding.", "decoder.", "output_layer.")
+"""How the names of a model's own tensors begin on disk; the others are the optimizer's."""
 _STACKED = re.compile(r"^decoder\.layers\.(?!\d)(.+)$")
 # The local layer spec keeps its norms beside the linear layers; on disk they sit where Transformer Engine fuses them.
 _LOCAL_NORMS = {
@@ -74,6 +75,8 @@ def build_gpt(args: Mapping[str, Any], *, dtype: torch.dtype) -> GPTModel:
         gated_linear_unit=args["swiglu"],
         activation_func=torch.nn.functional.silu,
         add_bias_linear=args["add_bias_linear"],
+        add_qkv_bias=args.get("add_qkv_bias", False),
+        qk_layernorm=args.get("qk_layernorm", False),
         attention_dropout=args["attention_dropout"],
         hidden_dropout=args["hidden_dropout"],
         rotary_interleaved=args["rotary_interleaved"],
@@ -87,12 +90,13 @@ def build_gpt(args: Mapping[str, Any], *, dtype: torch.dtype) -> GPTModel:
     )
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization=args["normalization"]),
+        get_gpt_layer_local_spec(normalization=args["normalization"], qk_layernorm=config.qk_layernorm),
         vocab_size=args["padded_vocab_size"],
         max_sequence_length=args["max_position_embeddings"],
         position_embedding_type=args["position_embedding_type"],
         rotary_base=args["rotary_base"],
         rotary_percent=args["rotary_percent"],
+        rope_scaling=args.get("use_rope_scaling", False),
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
     )
     return model.to(dtype)  # torch's norms ignore params_dtype; Megatron casts them in the same way while training
@@ -122,7 +126,10 @@ def load_weights(model: GPTModel, state: Mapping[str, Tensor]) -> None:
 
 
 def megatron_logits(state: Mapping[str, Tensor], args: Mapping[str, Any], tokens: Tensor) -> Tensor:
-    """Logits [b, s, vocab_size] fp32 of Megatron's own GPTModel with these tensors, for tokens [b, s]."""
+    """Logits [b, s, vocab_size] fp32 of Megatron's own GPTModel with these tensors, for tokens [b, s].
+
+    Checkpoints of training may not know their vocab_size: then the padded columns are among them.
+    """
     with single_rank(), torch.no_grad():
         model_parallel_cuda_manual_seed(0)  # attention forks this state, even without dropout
         model = build_gpt(args, dtype=torch.float32).eval()
@@ -171,6 +178,14 @@ def _whole_tensors(inner: Path, names: set[str]) -> dict[str, Tensor]:
     return empty
 
 
+def load_metadata(folder: str | Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """What a checkpoint stores besides tensors, and global shape and dtype of each tensor; none of them is loaded."""
+    inner = str(checkpoint_folder(folder))
+    tensors = dist_checkpointing.load_tensors_metadata(inner)
+    shapes = {name: (tuple(tensor.global_shape), tensor.dtype) for name, tensor in tensors.items()}
+    return dist_checkpointing.load_common_state_dict(inner), shapes
+
+
 def load_megatron_args(folder: str | Path) -> dict[str, Any]:
     """The arguments stored in a checkpoint, without its tensors."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint_folder(folder)))
@@ -189,7 +204,8 @@ def load_megatron_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str
     """
     inner = checkpoint_folder(folder)
     args = load_megatron_args(folder)
-    wanted = {k: v for k, v in dist_checkpointing.load_tensors_metadata(str(inner)).items() if k.startswith(_WEIGHTS)}
+    metadata = dist_checkpointing.load_tensors_metadata(str(inner))
+    wanted = {name: entry for name, entry in metadata.items() if name.startswith(MODEL_TENSORS)}
     plain = _whole_tensors(inner, set(wanted))
     state: dict[str, Tensor] = {}
     stacked: dict[str, Tensor] = {}

@@ -3,7 +3,8 @@
     [system]  (example question, example answer)*  question  |  response
 
 With a chat template each part is a message and the border is the template's generation prompt. Without one the parts
-are plain paragraphs, each answer on the line after its question, and the response starts on a line of its own.
+are plain paragraphs, each answer on the line after its question, and the response starts on a line of its own. A
+sentencepiece tokenizer that was trained to drop line breaks leaves the question alone, and the response behind it.
 
 A teacher may read more than the student: with a hint, its question is the question, an empty line, and the hint with
 {answer} filled in.
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class PromptTemplate:
-    """Turns questions into token ids with a transformers tokenizer.
+    """Turns questions into token ids with a tokenizer of `tokenizers.py`.
 
     system_prompt   None: whatever the chat template does by default (16 tokens more than the next in SmolLM2);
                     an empty string: an empty system message, which silences that default

@@ -17,6 +17,7 @@ from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.prompts.sources import open_sources
 from megatron_hybrid.prompts.stream import PromptStream, too_long
 from megatron_hybrid.prompts.template import PromptTemplate
+from megatron_hybrid.prompts.tokenizers import READABLE, SENTENCEPIECE, read_tokenizer
 from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
@@ -222,29 +223,25 @@ def _check_engines(args: Namespace, config: HybridConfig, online: OnlineConfig) 
 
 
 def _load_tokenizer(args: Namespace) -> Any:
-    if args.tokenizer_type != "HuggingFaceTokenizer":
+    if args.tokenizer_type not in READABLE:
         raise ConfigError(
             f"--tokenizer-type is {args.tokenizer_type}: online prompts need a tokenizer's own words and "
-            "end-of-sequence token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER."
+            "end-of-sequence token, which come with --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER, or "
+            "SentencePieceTokenizer and a .model file."
         )
-    tokenizer = _read_tokenizer(args.tokenizer_model)
+    if args.tokenizer_type in SENTENCEPIECE and (args.tokenizer_sentencepiece_legacy or args.special_tokens):
+        raise ConfigError(
+            "--tokenizer-sentencepiece-legacy and --tokenizer-special-tokens add tokens that the sentencepiece model "
+            "does not have, and prompts would be read without them. Leave both out, and train the tokenizer with them "
+            "(tools/train_tokenizer.py --symbols)."
+        )
+    tokenizer = read_tokenizer(args.tokenizer_type, args.tokenizer_model)
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer in {args.tokenizer_model} has no end-of-sequence token: a response could never end. Set "
-            "eos_token in its tokenizer_config.json."
+            "eos_token in its tokenizer_config.json; a sentencepiece model is trained with one unless told otherwise."
         )
     return tokenizer
-
-
-def _read_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"no tokenizer can be read from {folder!r}: {error}. Give the folder of a Hugging Face tokenizer."
-        ) from error
 
 
 def _open_run_dir(folder: str) -> None:
@@ -265,8 +262,8 @@ def _teacher_args(checkpoint: str, tokenizer: Any, args: Namespace) -> dict[str,
 
     stored = load_megatron_args(checkpoint)
     theirs = stored.get("hybrid_tokenizer_fingerprint")
-    if theirs is None and stored.get("tokenizer_type") == "HuggingFaceTokenizer":
-        theirs = tokenizer_fingerprint(_read_tokenizer(stored["tokenizer_model"]))
+    if theirs is None and stored.get("tokenizer_type") in READABLE:
+        theirs = tokenizer_fingerprint(read_tokenizer(stored["tokenizer_type"], stored["tokenizer_model"]))
     if theirs is not None and theirs != tokenizer_fingerprint(tokenizer):
         raise DataError(
             f"the teacher in {checkpoint} was made with another tokenizer ({stored.get('tokenizer_model')}): the same "

@@ -4,7 +4,7 @@ import torch
 from megatron_hybrid.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args
 from megatron_hybrid.errors import DataError
-from tests.checkpoint.tiny_llama import VOCAB, make_model
+from tests.checkpoint.tiny_llama import RELATIVES, VOCAB, make_model
 
 
 def converted(**settings):
@@ -14,8 +14,9 @@ def converted(**settings):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_round_trip_is_bit_exact(tied):
-    model, args, state = converted(tied=tied)
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_the_round_trip_is_bit_exact(relative, tied):
+    model, args, state = converted(tied=tied, **RELATIVES[relative])
     back = megatron_to_hf(state, args)
     expected = dict(model.state_dict())
     if tied:
@@ -50,6 +51,17 @@ def test_each_group_has_its_query_heads_then_key_then_value():
     qkv = out["decoder.layers.0.self_attention.linear_qkv.weight"].flatten().tolist()
     assert qkv == [1.0, 2.0, 10.0, 100.0, 3.0, 4.0, 20.0, 200.0]
     assert out["decoder.layers.0.mlp.linear_fc1.weight"].flatten().tolist() == [5.0, 5.0, 6.0, 6.0]
+
+
+def test_biases_go_where_the_rows_of_their_weights_go():
+    model, args, state = converted(model_type="qwen2")
+    with torch.no_grad():  # each bias becomes the first column of its weight
+        for name, bias in model.named_parameters():
+            if name.endswith("bias"):
+                model.get_parameter(name.replace("bias", "weight"))[:, 0] = bias
+    state = hf_to_megatron(model.state_dict(), args)
+    qkv = "decoder.layers.1.self_attention.linear_qkv."
+    assert torch.equal(state[f"{qkv}bias"], state[f"{qkv}weight"][:, 0])
 
 
 def test_vocabulary_padding_is_zero_and_leaves_again():

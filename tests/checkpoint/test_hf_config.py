@@ -4,7 +4,7 @@ import pytest
 
 from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args, megatron_args_to_hf_config, megatron_flags
 from megatron_hybrid.errors import DataError
-from tests.checkpoint.tiny_llama import make_model
+from tests.checkpoint.tiny_llama import LLAMA3_ROPE, RELATIVES, make_model
 
 CONFIG = make_model().config.to_dict()
 
@@ -35,9 +35,12 @@ def test_smollm2_numbers_arrive_under_megatron_names():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_architecture_survives_the_round_trip(tied):
-    config = make_model(tied=tied).config.to_dict()
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_the_architecture_survives_the_round_trip(relative, tied):
+    config = make_model(tied=tied, **RELATIVES[relative]).config.to_dict()
     back = megatron_args_to_hf_config(hf_config_to_megatron_args(config))
+    if relative == "mistral":  # without a window the same function
+        assert back.pop("model_type") == "llama"
     for name in (back.keys() & config.keys()) - {"architectures"}:  # transformers fills that in while saving
         assert back[name] == config[name], name
 
@@ -52,10 +55,15 @@ def test_padding_can_be_chosen_and_never_cuts():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"model_type": "qwen3"}, "qwen3"),
+        ({"model_type": "gemma2"}, "gemma2"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "llama3"),
+        ({"rope_parameters": {**LLAMA3_ROPE, "factor": 32.0}}, r"'llama3'.*'factor': 32\.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, r"10000\.5"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096"),
+        ({"model_type": "mistral", "sliding_window": 63}, "max_position_embeddings to 63"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding window of 32"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
     ],
 )
@@ -64,17 +72,39 @@ def test_what_would_compute_something_else_is_refused(setting, message):
         hf_config_to_megatron_args({**CONFIG, **setting})
 
 
-def test_a_model_that_is_no_llama_is_not_exported_as_one():
-    args = {**hf_config_to_megatron_args(CONFIG), "normalization": "LayerNorm"}
-    with pytest.raises(DataError, match="LayerNorm"):
-        megatron_args_to_hf_config(args)
+def test_a_window_that_never_acts_is_no_obstacle():
+    for window in ({"model_type": "mistral", "sliding_window": 64}, {"model_type": "qwen2", "sliding_window": 4}):
+        hf_config_to_megatron_args({**CONFIG, **window})
 
 
-def test_the_flags_say_the_same_as_the_arguments():
-    args = hf_config_to_megatron_args(CONFIG)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"normalization": "LayerNorm"},
+        {"window_size": (15, 0)},
+        {"rotary_percent": 0.5},
+        {"add_qkv_bias": True, "qk_layernorm": True},
+    ],
+)
+def test_a_model_that_is_no_llama_is_not_exported_as_one(setting):
+    with pytest.raises(DataError, match=next(iter(setting))):
+        megatron_args_to_hf_config({**hf_config_to_megatron_args(CONFIG), **setting})
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_the_flags_say_the_same_as_the_arguments(relative):
+    args = hf_config_to_megatron_args(make_model(tied=False, **RELATIVES[relative]).config.to_dict())
     flags = megatron_flags(args)
     parser = argparse.ArgumentParser()
-    for flag in ("disable-bias-linear", "swiglu", "group-query-attention", "untie-embeddings-and-output-weights"):
+    for flag in (
+        "disable-bias-linear",
+        "swiglu",
+        "group-query-attention",
+        "untie-embeddings-and-output-weights",
+        "add-qkv-bias",
+        "qk-layernorm",
+        "use-rope-scaling",
+    ):
         parser.add_argument(f"--{flag}", action="store_true")
     for flag in (name for name in flags if name.startswith("--")):
         if flag not in parser._option_string_actions:

@@ -19,7 +19,7 @@ from megatron_hybrid.checkpoint.folders import (
 from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args
 from megatron_hybrid.errors import DataError, HybridError
 from megatron_hybrid.mcore.checkpoint_io import megatron_logits
-from tests.checkpoint.tiny_llama import VOCAB, make_folder, make_model, make_tokenizer
+from tests.checkpoint.tiny_llama import RELATIVES, VOCAB, make_folder, make_model, make_tokenizer
 
 
 def largest_difference(hf_model, state, args, tokens):
@@ -38,8 +38,9 @@ def converted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_megatron_computes_the_logits_of_transformers(tied):
-    model = make_model(tied=tied)
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_megatron_computes_the_logits_of_transformers(relative, tied):
+    model = make_model(tied=tied, **RELATIVES[relative])
     args = hf_config_to_megatron_args(model.config.to_dict())
     tokens = torch.randint(0, VOCAB, (2, 24))
     assert largest_difference(model, hf_to_megatron(model.state_dict(), args), args, tokens) < TOLERANCE
@@ -69,13 +70,16 @@ def test_through_the_disk_and_back_is_bit_exact(converted, tmp_path):
         assert config_before[name] == config_after[name], name
 
 
-def test_transformers_reads_the_export(converted, tmp_path):
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_transformers_reads_the_export(tmp_path, relative):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    megatron_folder_to_hf(converted / "megatron", tmp_path / "back")
+    model = make_folder(tmp_path / "hf", num_layers=2, tied=relative != "qwen2", **RELATIVES[relative])
+    hf_folder_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    megatron_folder_to_hf(tmp_path / "megatron", tmp_path / "back")
     tokens = torch.randint(0, VOCAB, (1, 16))
     with torch.no_grad():
-        before = AutoModelForCausalLM.from_pretrained(converted / "hf")(tokens).logits
+        before = model(tokens).logits
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(tokens).logits
     assert torch.equal(before, after)
     assert AutoTokenizer.from_pretrained(tmp_path / "back").eos_token_id == 1

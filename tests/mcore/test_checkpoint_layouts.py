@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from megatron_hybrid.checkpoint.folders import hf_folder_to_megatron
+from megatron_hybrid.checkpoint.compare import TOLERANCE, compare_logits
+from megatron_hybrid.checkpoint.folders import hf_folder_to_megatron, megatron_folder_to_hf
 from megatron_hybrid.runtime import cpu
-from tests.checkpoint.tiny_llama import VOCAB, make_folder
+from tests.checkpoint.tiny_llama import RELATIVES, VOCAB, make_folder
 
 FLAGS = (
     "--use-checkpoint-args --finetune --seq-length 16 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 "
@@ -72,11 +74,16 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     model = make_folder(folder / "hf")
     hf_folder_to_megatron(folder / "hf", folder / "megatron")
+    return folder / "megatron", loss_of(model)
+
+
+def loss_of(model):
+    """transformers' loss of the sequence that Megatron is given."""
     tokens = torch.arange(16)[None] % 60
     with torch.no_grad():
         # Megatron's own loss runs over the padding columns too, whose logits are exactly 0.
         logits = torch.nn.functional.pad(model(tokens).logits, (0, 128 - VOCAB))
-    return folder / "megatron", torch.nn.functional.cross_entropy(logits[0], tokens[0] + 1).item()
+    return torch.nn.functional.cross_entropy(logits[0], tokens[0] + 1).item()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,7 @@ def test_megatron_loads_the_checkpoint_at_any_layout(checkpoint, tmp_path, rank_
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_state
 
     folder, expected_loss = checkpoint
+    tokens = torch.arange(16)[None] % 60
     results = rank_pool(2, init=False).run(train_one_idle_step, str(folder), str(tmp_path / "again"), flags)
 
     before, args_before = load_megatron_state(folder)
@@ -101,7 +109,34 @@ def test_megatron_loads_the_checkpoint_at_any_layout(checkpoint, tmp_path, rank_
     for name in ("num_layers", "padded_vocab_size", "rotary_base", "tokenizer_model", "num_query_groups"):
         assert args_before[name] == args_after[name], name
 
+    # What was trained goes back to Hugging Face, though Megatron's training does not store the vocabulary's true size.
+    assert args_after["vocab_size"] is None
+    megatron_folder_to_hf(tmp_path / "again", tmp_path / "back")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert exported.config.vocab_size == VOCAB
+    assert compare_logits(tmp_path / "back", tmp_path / "again", text="w3 w4 w5") < TOLERANCE
     if dtype == torch.float32:
+        original = AutoModelForCausalLM.from_pretrained(folder.with_name("hf"))
+        with torch.no_grad():
+            assert torch.equal(exported(tokens).logits, original(tokens).logits)
         losses = [loss for ranks in results for loss in ranks]
         # fp32 sums in another order, as for the logits of one rank.
         assert losses and losses == pytest.approx([expected_loss] * len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(("relative", "switch"), [("qwen2", "--add-qkv-bias"), ("qwen3", "--qk-layernorm")])
+def test_biases_and_norms_of_heads_are_cut_over_tensor_ranks(tmp_path, rank_pool, relative, switch):
+    from megatron_hybrid.mcore.checkpoint_io import load_megatron_state
+
+    model = make_folder(tmp_path / "hf", num_layers=2, **RELATIVES[relative])
+    hf_folder_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    flags = f"--tensor-model-parallel-size 2 {switch}"
+    results = rank_pool(2, init=False).run(
+        train_one_idle_step, str(tmp_path / "megatron"), str(tmp_path / "again"), flags
+    )
+    before, _ = load_megatron_state(tmp_path / "megatron")
+    after, _ = load_megatron_state(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    losses = [loss for ranks in results for loss in ranks]
+    assert losses and losses == pytest.approx([loss_of(model)] * len(losses), rel=1e-5)  # as above

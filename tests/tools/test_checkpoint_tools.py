@@ -16,7 +16,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["convert_checkpoint", "prune_checkpoint"])
+@pytest.mark.parametrize("name", ["convert_checkpoint", "inspect_checkpoint", "prune_checkpoint"])
 def test_help_is_answered_without_torch(name):
     code = (
         f"import sys, runpy; sys.argv = ['{name}.py', '--help']\n"
@@ -26,7 +26,7 @@ def test_help_is_answered_without_torch(name):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--save" in done.stdout or "hf-to-megatron" in done.stdout
+    assert any(flag in done.stdout for flag in ("--save", "hf-to-megatron", "--all"))
 
 
 def test_layer_numbers_take_ranges():
@@ -49,4 +49,12 @@ def test_a_wrong_folder_is_one_sentence_not_a_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "error:" in done.stderr and "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspecting_a_folder_without_a_model_is_one_sentence(tmp_path):
+    command = [sys.executable, TOOLS / "inspect_checkpoint.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error:" in done.stderr and "torch_dist" in done.stderr
     assert "Traceback" not in done.stderr

@@ -15,7 +15,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
         ("bench_ops.py", "--vocab"),
         ("bench_rollouts.py", "--never-stop"),
         ("plan_memory.py", "--teacher-load"),
+        ("preprocess_data.py", "--output-prefix"),
         ("profile_step.py", "profile"),
+        ("train_tokenizer.py", "--vocab-size"),
     ],
 )
 def test_help_loads_no_torch(tool: str, flag: str):
