@@ -26,6 +26,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.models.gpt", "GPTModel"),
     ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
     ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
+    ("megatron.core.optimizer", "Adam"),
     ("megatron.core.packed_seq_params", "PackedSeqParams"),
     ("megatron.core.parallel_state", "destroy_model_parallel"),
     ("megatron.core.parallel_state", "get_context_parallel_group"),

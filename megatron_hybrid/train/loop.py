@@ -27,6 +27,7 @@ from torch.profiler import record_function
 
 from megatron_hybrid.config import SCHEDULED, HybridConfig
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.mcore.chosen_parts import chosen_parts
 from megatron_hybrid.mcore.symbols import borrow
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
@@ -191,6 +192,8 @@ class OnlineLoop:
 
     def _begin(self, student: list[torch.nn.Module]) -> Teachers:
         """The teachers, and what a checkpoint kept of credit, copy and collection."""
+        if self.report is not None:
+            self.report.parts(chosen_parts(student, self.args))
         teachers = self.build_teachers(student)
         if self.saved_state:
             self.credit.load(self.saved_state)

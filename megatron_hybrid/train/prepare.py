@@ -4,6 +4,7 @@ each other. Nothing is built, and nothing written but the empty run folder.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from argparse import Namespace
@@ -130,6 +131,12 @@ def _check_launcher() -> None:
 
 def _check_job(args: Namespace) -> None:
     """Megatron's settings that a plain run may leave at their defaults."""
+    if args.transformer_impl == "transformer_engine" and not importlib.util.find_spec("transformer_engine"):
+        raise ConfigError(
+            "--transformer-impl is transformer_engine (Megatron's default), but the package transformer_engine is not "
+            "installed: no layer could be built. Install it (pip install 'transformer-engine[pytorch]', for a GPU), or "
+            "use --transformer-impl local."
+        )
     if args.eval_interval is None:
         raise ConfigError(
             "--eval-interval is not set, and Megatron divides by it, also where --eval-iters is 0: give it."

@@ -10,6 +10,7 @@ In: floats by name (`metrics.MEANINGS`), Megatron's own TensorBoard and wandb wr
 step: no cursor movement, so it reads the same in a terminal and in a Slurm log. Not here: reductions, collectives.
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,14 @@ class RunReport:
             "versions": versions(),
         }
         journal.write_json(path, {"config": dict(settings), **about})
+
+    def parts(self, parts: Mapping[str, str]) -> None:
+        """Says whose layers and optimizer compute, and adds them to config.json."""
+        for part, classes in parts.items():
+            self._say(f"{part}: {classes}")
+        path = self.run_dir / "config.json"
+        if path.exists():
+            journal.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "parts": dict(parts)})
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records one optimizer step, the `step`-th (from 1), and prints its progress line."""
