@@ -119,15 +119,17 @@ class Gradients:
         call: the counted rows and the tensor-parallel group.
         weight: [v/tp, h].
         hidden_sum: whether dh is wanted, and summed over tensor-parallel ranks; None: not wanted.
-        weight_total: [v/tp, h] fp32 that dW is added to; None: not wanted.
+        weight_total: where dW is summed up; None: not wanted.
     """
 
-    def __init__(self, call: Call, weight: Tensor, *, hidden_sum: bool | None, weight_total: Tensor | None) -> None:
+    def __init__(
+        self, call: Call, weight: Tensor, *, hidden_sum: bool | None, weight_total: "WeightTotal | None"
+    ) -> None:
         self.group, self.weight = GroupView.of(call.group), weight
         self.sums_hidden = bool(hidden_sum) and self.group.size > 1
         self.hidden = None if hidden_sum is None else weight.new_empty((len(call.target), weight.shape[1]))
         """[n, h] of the counted rows; read it after `wait`."""
-        self.weight_total = weight_total
+        self._total = weight_total
         self._reductions: list[Any] = []
 
     def add(self, chunk: Chunk, gradient: Tensor, hidden: Tensor) -> None:
@@ -137,8 +139,14 @@ class Gradients:
             torch.mm(gradient, self.weight, out=part)
             if self.sums_hidden and len(part):
                 self._reductions.append(dist.all_reduce(part, group=self.group.group, async_op=True))
-        if self.weight_total is not None:
-            add_product(self.weight_total, gradient, hidden)
+        if self._total is not None:
+            add_product(self._total.sum, gradient, hidden, begin=not self._total.begun)
+            self._total.begun = True
+
+    @property
+    def weight_total(self) -> Tensor | None:
+        """[v/tp, h] fp32: the sum so far."""
+        return None if self._total is None else self._total.sum
 
     def wait(self) -> None:
         """Returns (on a GPU: lets the stream go on) when dh is summed over all ranks."""
@@ -151,8 +159,10 @@ _SUMS_IN_FP32 = ("cuda",)
 """Kinds of device whose products of bf16 or fp16 numbers can end in fp32; tests rehearse them with fake tensors."""
 
 
-def add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+def add_product(total: Tensor, gradient: Tensor, hidden: Tensor, *, begin: bool) -> None:
     """total [v/tp, h] += gradient^T [v/tp, r] hidden [r, h]; total is fp32, the product's own sums are too.
+
+    begin  total holds nothing yet, and becomes the product: no zeros to write and to read again
 
     A CPU has no product of bf16 numbers that ends in fp32: there each chunk's is rounded to bf16 once before it is
     added, as Megatron's is once per micro-batch (products of upcast numbers take five times as long). It is made in
@@ -160,25 +170,39 @@ def add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """
     transposed = gradient.t()
     if gradient.dtype == total.dtype:
-        total.addmm_(transposed, hidden)
+        torch.mm(transposed, hidden, out=total) if begin else total.addmm_(transposed, hidden)
     elif total.device.type in _SUMS_IN_FP32:
-        torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
+        if begin:
+            torch.mm(transposed, hidden, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
     else:
         for start, stop in row_blocks(len(total), total.shape[1], total):
-            total[start:stop].add_(torch.mm(transposed[start:stop], hidden))
+            product, part = torch.mm(transposed[start:stop], hidden), total[start:stop]
+            part.copy_(product) if begin else part.add_(product)
 
 
-def weight_total_of(weight: Tensor) -> Tensor:
-    """Where dW of this weight is summed up: its fp32 `main_grad`, or zeros of that type and shape."""
-    main_grad = main_grad_of(weight)
-    if main_grad is not None and main_grad.dtype == torch.float32:
-        return main_grad
-    return zeros_for(weight)
+@dataclass
+class WeightTotal:
+    """Where dW of a weight is summed up."""
 
+    sum: Tensor
+    """[v/tp, h] fp32."""
+    begun: bool
+    """Whether it holds a sum; else it holds anything."""
 
-def zeros_for(weight: Tensor) -> Tensor:
-    """An empty fp32 sum for dW of this weight."""
-    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    @classmethod
+    def for_weight(cls, weight: Tensor) -> "WeightTotal":
+        """Its fp32 `main_grad`, or a sum of its own."""
+        main_grad = main_grad_of(weight)
+        if main_grad is not None and main_grad.dtype == torch.float32:
+            return cls(main_grad, begun=True)
+        return cls.new(weight)
+
+    @classmethod
+    def new(cls, weight: Tensor) -> "WeightTotal":
+        """A sum of its own."""
+        return cls(torch.empty(weight.shape, dtype=torch.float32, device=weight.device), begun=False)
 
 
 def main_grad_of(weight: Tensor) -> Tensor | None:

@@ -29,10 +29,9 @@ from megatron_hybrid.ops.lm_head_chunks import (
     Chunk,
     Gradients,
     Head,
+    WeightTotal,
     chunks_of,
     weight_gradient,
-    weight_total_of,
-    zeros_for,
 )
 from megatron_hybrid.records import TokenStats
 
@@ -133,7 +132,7 @@ class LinearHybridLossFunction(torch.autograd.Function):
         ctx.plan, ctx.weight, ctx.hidden_shape = plan, weight, hidden.shape
         gradients = None
         if plan.one_pass and plan.differentiate:
-            gradients = _gradients(ctx, plan, zeros_for)
+            gradients = _gradients(ctx, plan, WeightTotal.new)
         measured, weights, kept = measure(heads, gradients)
         stats = TokenStats(*(call.restored(value) for value in vars(measured.stats).values()))
         if weights is None:
@@ -220,7 +219,7 @@ def _recomputed(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, Tensor | None
     heads = _heads(plan, hidden, weight, teacher_hidden, teacher_weight)
     scale = arrived * plan.gradient_scale
     dense, sparse = scale * dense, scale * sparse
-    gradients = _gradients(ctx, plan, weight_total_of)
+    gradients = _gradients(ctx, plan, WeightTotal.for_weight)
     logits, ctx.kept = ctx.kept, None  # its gradient overwrites it: another backward computes it again
     for chunk in chunks_of(plan.call, plan.chunk_size):
         logits = heads.logits(chunk) if logits is None else logits
@@ -259,7 +258,7 @@ def _heads(
     return Heads(plan, hidden.reshape(-1, hidden.shape[-1]), weight, teacher_rows, teacher_weight)
 
 
-def _gradients(ctx: Any, plan: HeadPlan, total_for: Callable[[Tensor], Tensor]) -> Gradients:
+def _gradients(ctx: Any, plan: HeadPlan, total_for: Callable[[Tensor], WeightTotal]) -> Gradients:
     wants_hidden, wants_weight, *_ = ctx.needs_input_grad
     return Gradients(
         plan.call,

@@ -112,12 +112,13 @@ def test_the_rehearsal_notices_a_tensor_on_the_wrong_device():
         torch.add(torch.zeros(2, device=GPU), torch.zeros(2))
 
 
+@pytest.mark.parametrize("begin", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fused_heads_weight_gradient_is_summed_in_fp32_on_the_device(dtype):
+def test_the_fused_heads_weight_gradient_is_summed_in_fp32_on_the_device(dtype, begin):
     total = torch.zeros(32, 16, device=GPU)
     gradient, hidden = torch.randn(5, 32, device=GPU, dtype=dtype), torch.randn(5, 16, device=GPU, dtype=dtype)
     with Products() as seen:
-        add_product(total, gradient, hidden)
+        add_product(total, gradient, hidden, begin=begin)
     assert seen.dtypes == [torch.float32], "one product, and its sums are not rounded to the gradient's type"
 
 
