@@ -9,7 +9,7 @@ setup:
 	@tools/setup_env.sh
 
 run: setup
-	bash examples/smollm2_recovery.sh
+	bash examples/6_smollm2_recovery.sh
 
 test: setup
 	$(PYTHON) -m pytest

@@ -1,11 +1,11 @@
 """Bytes of the LM head and the op on one rank of the last stage, and which way the trainer goes.
 
     fused    logits of a chunk at a time; one pass where credit can be asked from the end, else two
-    logits   of a whole micro-batch; always for a teacher known by its top k
+    logits   of a whole micro-batch
 
 Which chunks there are is asked of the product; when one pass is taken is its rule, held against a real step by a test.
-Formulas of the backend torch and of the reverse KL, each measured by tests. Not here: heads that are no plain product,
-fp16, for which two passes are taken.
+Formulas of the backend torch and of the reverse KL, each measured by tests; a teacher's top k takes less. Not here:
+heads that are no plain product, fp16, for which two passes are taken.
 """
 
 import torch
@@ -36,7 +36,7 @@ ACCELERATOR_BLOCK = 1 << 24
 
 def chunk_limit(plan: Plan) -> int:
     """Tokens whose logits exist at a time, at most."""
-    return (plan.step.chunk or MOST_TOKENS) if plan.head == "fused" else plan.tokens
+    return (plan.step.chunk or MOST_TOKENS) if plan.step.head == "fused" else plan.tokens
 
 
 def chunks(plan: Plan) -> list[Chunk]:
@@ -57,7 +57,7 @@ def one_pass(plan: Plan) -> bool:
     As `CreditAssignment.from_the_end` and `linear_hybrid_loss` decide together.
     """
     from_the_end = plan.layout.cp == 1 and not spans_responses(plan)
-    return plan.head == "fused" and from_the_end and plan.tokens > chunk_limit(plan)
+    return plan.step.head == "fused" and from_the_end and plan.tokens > chunk_limit(plan)
 
 
 def logits(plan: Plan, tokens: int) -> int:
@@ -114,7 +114,7 @@ def peak(plan: Plan, *, block: int = ACCELERATOR_BLOCK) -> int:
     Norms are measured between forward and backward: beside all logits, or one pass's dW and dh, or the last chunk's
     logits that two passes keep.
     """
-    if plan.head == "logits":
+    if plan.step.head == "logits":
         loss, kept = logits(plan, plan.tokens) + op(plan, block=block), logits(plan, plan.tokens)
     else:
         loss = fused(plan, block=block)
@@ -129,7 +129,7 @@ def measures_norms(plan: Plan) -> bool:
 
 def note(plan: Plan) -> str:
     """How the loss is made, in words."""
-    if plan.head == "logits":
+    if plan.step.head == "logits":
         return f"logits of {plan.tokens} tokens x {plan.columns} columns at once"
     passes = "one pass, dW held in fp32" if one_pass(plan) else "two passes"
     few = "" if plan.step.chunk else "; the trainer takes smaller ones where memory is short"

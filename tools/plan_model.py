@@ -156,12 +156,6 @@ class Plan:
         return (self.student,) if self.teacher is None else (self.student, self.teacher)
 
     @property
-    def head(self) -> str:
-        """How the loss is made: a teacher known in part has no logits, so it goes by whole logits of the student."""
-        by_topk = self.teacher is not None and self.step.payload == "topk"
-        return "logits" if by_topk else self.step.head
-
-    @property
     def rows(self) -> int:
         """Responses of a replica."""
         return self.step.responses // self.layout.dp

@@ -56,7 +56,7 @@ def op(plan: Plan) -> list[Message]:
 
 def fused_head(plan: Plan) -> list[Message]:
     """dh [r, h] of each chunk, summed over tp; of the logits' path Megatron's own head sends the same bytes in one."""
-    if plan.layout.tp == 1 or plan.head != "fused":
+    if plan.layout.tp == 1 or plan.step.head != "fused":
         return []
     size = plan.num_microbatches * plan.tokens * plan.student.hidden * plan.step.dtype_bytes
     return [Message("fused head: dh", "all_reduce", "tp", plan.num_microbatches * len(chunks(plan)), size)]
@@ -148,7 +148,7 @@ def megatrons(plan: Plan) -> list[Message]:
         layers = layout.stage_layers(student)[1]
         moved = 2 * layers * plan.rows * (step.seq_length - 1) * student.hidden * size
         messages.append(Message("layers, sampling", "all_reduce", "tp", 2 * layers * steps, moved))
-        if plan.head == "logits":
+        if plan.step.head == "logits":
             moved = plan.num_microbatches * plan.tokens * student.hidden * size
             messages.append(Message("head: dh", "all_reduce", "tp", plan.num_microbatches, moved))
     if layout.cp > 1:

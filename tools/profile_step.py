@@ -1,6 +1,6 @@
 """Where the time of a training step goes: a profile that Megatron's own profiler wrote, as a table of shares.
 
-    NPROC=1 examples/smollm2_recovery.sh --train-iters 8 --profile --use-pytorch-profiler \
+    NPROC=1 examples/6_smollm2_recovery.sh --train-iters 8 --profile --use-pytorch-profiler \
         --profile-step-start 4 --profile-step-end 7
     python tools/profile_step.py runs/smollm2_recovery/torch_profile/rank-0.json.gz
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,8 +134,7 @@ def test_what_the_head_holds_is_as_planned(method: dict[str, Any], sizes: dict[s
     assert 0.98 < peak / plan_head.peak(plan, block=block) < 1.01  # some numbers of a token more or fewer
 
 
-def test_a_chunk_is_the_largest_that_the_trainer_takes_and_top_k_goes_by_whole_logits():
+def test_a_chunk_is_the_largest_that_the_trainer_takes():
     plan = small(tokens=20000)
     assert [chunk.stop - chunk.start for chunk in plan_head.chunks(plan)] == [6666, 6667, 6667]
-    topk = dataclasses.replace(plan, step=dataclasses.replace(plan.step, payload="topk"))
-    assert plan_head.one_pass(plan) and not plan_head.one_pass(topk) and len(plan_head.chunks(topk)) == 1
+    assert plan_head.one_pass(plan)

@@ -182,7 +182,7 @@ def test_the_head_is_taken_as_planned(measured: Measured):
     plan, ranks = measured
     (taken,) = {tuple(rank["heads"]) for rank in ranks if rank["is_last"]}
     limit = plan.step.chunk or 512  # the trainer's own, on a CPU
-    assert taken == (() if plan.head == "logits" else ((plan_head.one_pass(plan), limit),))
+    assert taken == (() if plan.step.head == "logits" else ((plan_head.one_pass(plan), limit),))
 
 
 def test_a_large_job_is_planned_in_tables(monkeypatch, capsys):

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Recovers a pruned SmolLM2-135M on a machine without a GPU: imitation of the unpruned model and reward at once, on-policy.
 #
-#     examples/smollm2_recovery.sh                          8 minutes on 2 cores, after one minute of preparation, once
-#     NPROC=2 examples/smollm2_recovery.sh --pipeline-model-parallel-size 2
-#     NPROC=2 examples/smollm2_recovery.sh --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3
+#     examples/6_smollm2_recovery.sh                          8 minutes on 2 cores, after one minute of preparation, once
+#     NPROC=2 examples/6_smollm2_recovery.sh --pipeline-model-parallel-size 2
+#     NPROC=2 examples/6_smollm2_recovery.sh --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3
 #
 # Teacher: SmolLM2-135M-Instruct, 30 layers. Student: the same without layers 12-17, of which those tried it misses least.
 # Prompts: four reasoning-gym tasks with one worked example each. Further arguments go to Megatron and win.
