@@ -21,7 +21,7 @@ from tests.memory import peak_bytes
 
 PRODUCTS = Job("nothing but the products", 0.0, 0.0)
 CHUNKED = "four products, in chunks"
-MEMORY_TIMES = 4
+MEMORY_TIMES = 2
 """Memory is measured again with so many times the tokens."""
 
 

@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4], help="tensor-parallel sizes beside 1")
     head = parser.add_argument("--head", type=int, nargs=4, metavar=("TOKENS", "HIDDEN", "VOCAB", "CHUNK"))
-    head.default = [512, 1024, 32768, 256]
+    head.default = [1024, 1024, 32768, 512]
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="positions of the returns")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of timing")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as it finds them")

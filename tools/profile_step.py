@@ -35,7 +35,6 @@ STAGES = {
     "hybrid/credit": "credit",
     "LinearHybridLossFunction": "LM heads and op",
     "HybridLossFunction": "op",
-    "TopKHybridLossFunction": "op",
     "Optimizer.step": "optimizer",
     "hybrid/report": "report",
     "ProfilerStep": "student and Megatron's step",
