@@ -36,7 +36,7 @@ class MegatronMismatch(HybridError, ImportError):
 
 
 def sendable(error: BaseException, note: str) -> BaseException:
-    """`error` with the note, for other processes to raise; a RuntimeError of the note where pickle cannot make it again."""
+    """`error` with the note, for other processes to raise; RuntimeError(note) where pickle cannot make it again."""
     try:
         error.add_note(note)
         pickle.loads(pickle.dumps(error))  # some errors can be sent but not made again
