@@ -365,6 +365,14 @@ class OnlineConfig(_FromArguments):
         """The rewards and their weights."""
         return split_weighted("reward", self.reward)
 
+    @property
+    def longest_request_s(self) -> float:
+        """Seconds until a server's silence ends the run, pauses included; 0 where no server is asked."""
+        servers = (self.teacher_server, self.rollout_server)
+        asks = any(servers) or any("://" in name for _, name in self.rewards)
+        pauses = sum(min(2.0**number, 120.0) for number in range(self.server_retries - 1))  # see servers/json_server.py
+        return (self.server_retries + 1) * self.server_timeout + pauses if asks else 0.0
+
     def __post_init__(self) -> None:
         for name in ("prompts", "eval_prompts"):
             for share, source in split_weighted(name, getattr(self, name) or "unset"):
