@@ -77,6 +77,8 @@ class OnlineLoop:
     prompts: PromptStream
     eval_prompts: PromptStream
     sampler: Sampler | RemoteSampler
+    eval_sampler: Sampler | RemoteSampler
+    """Answers held-out prompts as the student is: its own decoding where a server is never given its weights."""
     weight_sync: WeightSync | None
     """Where a server samples and is given the student's weights."""
     rubric: Rubric
@@ -213,11 +215,11 @@ class OnlineLoop:
             self._collection = load_collection(folder, self._made_by())
         return teachers
 
-    @property
-    def teacher(self) -> Teacher | None:
     def _made_by(self) -> dict[str, Any]:
         return fingerprint(self.config, self.parallel, int(self.args.global_batch_size))
 
+    @property
+    def teacher(self) -> Teacher | None:
         return None if self._teachers is None else self._teachers.teacher
 
     @property
@@ -288,7 +290,7 @@ class OnlineLoop:
         if call.forward_only:
             count = num_rows * dp.size
             prompts = self.eval_prompts.draw(self._evaluations * count, count, dp.rank, dp.size)
-            return self.sampler.sample(call.model, prompts, 1, step=0, seed=seed + EVAL_SEED_OFFSET)
+            return self.eval_sampler.sample(call.model, prompts, 1, step=0, seed=seed + EVAL_SEED_OFFSET)
         step, group_size = int(self.args.curr_iteration), self.config.group_size
         count, rest = divmod(num_rows * self.updates.mini_batches * dp.size, group_size)
         assert rest == 0, "prepare() refuses batches that cut a group"
