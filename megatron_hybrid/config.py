@@ -331,10 +331,12 @@ class OnlineConfig(_FromArguments):
         None, "http:// address of an inference engine that samples, in place of the student's own decoding"
     )
     rollout_sync_interval: int | None = setting(
-        None, "rollout_server: steps after which it is given the student's weights; unset: it keeps its own"
+        None,
+        "rollout_server: steps after which it is given the student's weights; unset: it keeps its own, and the student "
+        "answers held-out prompts itself",
     )
     rollout_sync_dir: str | None = setting(
-        None, "folder for those weights, on a disk that all ranks and the server share; unset: in run_dir"
+        None, "folder for those weights, on a disk that all ranks and the server share, runs too; unset: in run_dir"
     )
     server_api: str = setting(
         "vllm", "what rollout_server and teacher_server are: vllm (its OpenAI-compatible server) or sglang", SERVER_APIS
