@@ -5,12 +5,14 @@ No reduction is left to the backend where bits matter: `gather_ranks` hands ever
 and whoever merges them locally gets the same bits everywhere.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hybrid.errors import sendable
 from megatron_hybrid.parallel import Group, GroupView
 
 
@@ -34,21 +36,23 @@ def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
 def from_first[T](make: Callable[[], T], axes: Sequence[GroupView]) -> T:
     """What the rank that is first of every axis makes, on every rank of them; the error that it met, likewise.
 
-    Whatever only one rank may do, such as asking a server, must not leave the others waiting for it when it fails.
+    Whatever only one rank may do, such as asking a server, must not leave the others waiting for it, whatever ends it.
+    An error that pickle cannot make again is a RuntimeError with its traceback.
     Collectives: a broadcast of the pickled value along each axis.
     """
-    found: list[tuple[bool, T | Exception] | None] = [None]
+    found: list[tuple[bool, T | BaseException] | None] = [None]
     if all(axis.rank == 0 for axis in axes):
         try:
             found = [(True, make())]
-        except Exception as error:
-            found = [(False, error)]
+        except BaseException as error:  # a reward that calls exit() too
+            note = f"rank {dist.get_rank() if dist.is_initialized() else 0}, for all:\n{traceback.format_exc()}"
+            found = [(False, sendable(error, note))]
     for axis in axes:  # each spreads what those before it have
         if axis.size > 1:
             dist.broadcast_object_list(found, group=axis.group, group_src=0)
     assert found[0] is not None
     fine, value = found[0]
     if not fine:
-        assert isinstance(value, Exception)
+        assert isinstance(value, BaseException)
         raise value
     return value  # type: ignore[return-value]

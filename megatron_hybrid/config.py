@@ -331,10 +331,12 @@ class OnlineConfig(_FromArguments):
         None, "http:// address of an inference engine that samples, in place of the student's own decoding"
     )
     rollout_sync_interval: int | None = setting(
-        None, "rollout_server: steps after which it is given the student's weights; unset: it keeps its own"
+        None,
+        "rollout_server: steps after which it is given the student's weights; unset: it keeps its own, and the student "
+        "answers held-out prompts itself",
     )
     rollout_sync_dir: str | None = setting(
-        None, "folder for those weights, on a disk that all ranks and the server share; unset: in run_dir"
+        None, "folder for those weights, on a disk that all ranks and the server share, runs too; unset: in run_dir"
     )
     server_api: str = setting(
         "vllm", "what rollout_server and teacher_server are: vllm (its OpenAI-compatible server) or sglang", SERVER_APIS
@@ -364,6 +366,14 @@ class OnlineConfig(_FromArguments):
     def rewards(self) -> list[tuple[float, str]]:
         """The rewards and their weights."""
         return split_weighted("reward", self.reward)
+
+    @property
+    def longest_request_s(self) -> float:
+        """Seconds until a server's silence ends the run, pauses included; 0 where no server is asked."""
+        servers = (self.teacher_server, self.rollout_server)
+        asks = any(servers) or any("://" in name for _, name in self.rewards)
+        pauses = sum(min(2.0**number, 120.0) for number in range(self.server_retries - 1))  # see servers/json_server.py
+        return (self.server_retries + 1) * self.server_timeout + pauses if asks else 0.0
 
     def __post_init__(self) -> None:
         for name in ("prompts", "eval_prompts"):

@@ -4,6 +4,8 @@ Every message finishes the sentence: what was expected, what came, why it matter
 `HybridError`; our own mistakes stay plain `AssertionError`s.
 """
 
+import pickle
+
 
 class HybridError(Exception):
     """Base of every error this package raises on purpose."""
@@ -31,3 +33,13 @@ class ShapeError(HybridError, ValueError):
 
 class MegatronMismatch(HybridError, ImportError):
     """The installed megatron-core lacks a symbol that the package borrows, or has it in another form."""
+
+
+def sendable(error: BaseException, note: str) -> BaseException:
+    """`error` with the note, for other processes to raise; RuntimeError(note) where pickle cannot make it again."""
+    try:
+        error.add_note(note)
+        pickle.loads(pickle.dumps(error))  # some errors can be sent but not made again
+    except Exception:
+        return RuntimeError(note)
+    return error

@@ -178,3 +178,16 @@ def test_servers_that_make_no_sense_are_refused(settings: dict[str, Any], messag
 def test_a_server_counts_as_a_teacher() -> None:
     assert OnlineConfig(teacher_server="http://a").names_teacher and OnlineConfig(teacher_load="a").names_teacher
     assert not OnlineConfig().names_teacher
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ({}, 0),
+        ({"reward": "1*exact_match,1*http://judge"}, 6 * 600 + 1 + 2 + 4 + 8),  # no pause before the first
+        ({"teacher_server": "http://a", "server_retries": 0, "server_timeout": 7.0}, 7),
+        ({"rollout_server": "http://a", "server_retries": 1, "server_timeout": 7.0}, 14),
+    ],
+)
+def test_the_longest_that_a_run_waits_for_a_server(settings: dict[str, Any], seconds: float) -> None:
+    assert OnlineConfig(**settings).longest_request_s == seconds

@@ -29,6 +29,8 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, NoReturn
 
+from megatron_hybrid.errors import sendable
+
 _LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 300.0
 """Importing torch takes a rank seconds, but minutes where many ranks share two busy cores and a cold disk."""
@@ -257,12 +259,7 @@ def _outcome(function: Callable[..., Any], *args: Any) -> bytes:
         return pickle.dumps((function(*args), None))
     except BaseException as error:  # SystemExit too: a job that calls exit() must not read as a rank that died
         note = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}:\n{traceback.format_exc()}"
-        try:
-            error.add_note(note)
-            pickle.loads(pickle.dumps(error))  # some errors can be sent but not made again
-            return pickle.dumps((None, error))
-        except Exception:
-            return pickle.dumps((None, RuntimeError(note)))
+        return pickle.dumps((None, sendable(error, note)))
 
 
 def _start(init: bool, timeout_s: float) -> None:

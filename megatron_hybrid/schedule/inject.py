@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
+from megatron_hybrid.mcore.save_signals import helpers_deaf_to_launchers
 from megatron_hybrid.mcore.symbols import check_megatron
 
 
@@ -90,7 +89,7 @@ def injected(hooks: Hooks) -> Iterator[None]:
 
     def wrapped_save(*args: Any, **kwargs: Any) -> Any:
         hooks.before_save(int(save_signature.bind(*args, **kwargs).arguments["iteration"]))
-        with _helpers_deaf_to_launchers():
+        with helpers_deaf_to_launchers():
             return save(*args, **kwargs)
 
     training.get_forward_backward_func, training.training_log = get_wrapped_schedule, wrapped_log
@@ -100,24 +99,6 @@ def injected(hooks: Hooks) -> Iterator[None]:
     finally:
         training.get_forward_backward_func, training.training_log = get_schedule, training_log
         training.save_checkpoint_and_time = save
-
-
-_FROM_LAUNCHERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@contextlib.contextmanager
-def _helpers_deaf_to_launchers() -> Iterator[None]:
-    """Processes that are started inside never see the signals that ask a job to stop; this one sees them afterwards.
-
-    Megatron's checkpoint writer starts a helper at the first save. Launchers signal all processes of a rank, the rank
-    answers by saving once more (--exit-signal-handler), and without its helper that save breaks.
-    """
-    resource_tracker.ensure_running()  # where it starts later it lets SIGTERM and SIGINT through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_LAUNCHERS)  # processes inherit what is blocked
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wrap(schedule: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:

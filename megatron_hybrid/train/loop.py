@@ -42,7 +42,7 @@ from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
 from megatron_hybrid.schedule.microbatch import credited, microbatches
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
-from megatron_hybrid.train.collection import load_collection, save_collection
+from megatron_hybrid.train.collection import fingerprint, load_collection, save_collection
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
 from megatron_hybrid.train.report import RunReport
@@ -77,6 +77,8 @@ class OnlineLoop:
     prompts: PromptStream
     eval_prompts: PromptStream
     sampler: Sampler | RemoteSampler
+    eval_sampler: Sampler | RemoteSampler
+    """Answers held-out prompts as the student is: its own decoding where a server is never given its weights."""
     weight_sync: WeightSync | None
     """Where a server samples and is given the student's weights."""
     rubric: Rubric
@@ -188,7 +190,7 @@ class OnlineLoop:
             self._copy.save(_beside(self.args.save, "hybrid_teacher", iteration))
         if self._collection is not None and not self.updates.is_first(iteration):
             folder = _beside(self.args.save, "hybrid_collection", iteration)
-            save_collection(folder, self._collection, self.parallel)
+            save_collection(folder, self._collection, self._made_by())
 
     def _begin(self, student: list[torch.nn.Module]) -> Teachers:
         """The teachers, and what a checkpoint kept of credit, copy and collection."""
@@ -209,8 +211,12 @@ class OnlineLoop:
                 )
             teachers.copy.load(folder)
         if self._step > 0 and not self.updates.is_first(self._step):
-            self._collection = load_collection(_beside(self.args.load, "hybrid_collection", self._step), self.parallel)
+            folder = _beside(self.args.load, "hybrid_collection", self._step)
+            self._collection = load_collection(folder, self._made_by())
         return teachers
+
+    def _made_by(self) -> dict[str, Any]:
+        return fingerprint(self.config, self.parallel, int(self.args.global_batch_size))
 
     @property
     def teacher(self) -> Teacher | None:
@@ -270,7 +276,9 @@ class OnlineLoop:
             return None
         if self._collection is None:
             logger.warning(
-                "step %d is in the middle of a collection that was not kept for this layout: it is sampled anew", step
+                "step %d is in the middle of a collection that was not kept for this layout and these batches: it is "
+                "sampled anew",
+                step,
             )
         return self._collection
 
@@ -282,7 +290,7 @@ class OnlineLoop:
         if call.forward_only:
             count = num_rows * dp.size
             prompts = self.eval_prompts.draw(self._evaluations * count, count, dp.rank, dp.size)
-            return self.sampler.sample(call.model, prompts, 1, step=0, seed=seed + EVAL_SEED_OFFSET)
+            return self.eval_sampler.sample(call.model, prompts, 1, step=0, seed=seed + EVAL_SEED_OFFSET)
         step, group_size = int(self.args.curr_iteration), self.config.group_size
         count, rest = divmod(num_rows * self.updates.mini_batches * dp.size, group_size)
         assert rest == 0, "prepare() refuses batches that cut a group"

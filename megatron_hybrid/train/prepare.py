@@ -55,6 +55,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     _check_job(args)
     _check_batches(args, config)
     _check_teacher_settings(args, config, online, has_teacher)
+    _check_waits(args, online)
     room = args.seq_length - online.max_response_length
     if room < 1:
         raise ConfigError(
@@ -226,6 +227,19 @@ def _check_engines(args: Namespace, config: HybridConfig, online: OnlineConfig) 
         raise ConfigError(
             f"--context-parallel-size is {args.context_parallel_size}, but a teacher on a server is asked for whole "
             "sequences, of which a rank then holds parts. Use 1, or --hybrid-teacher-load."
+        )
+
+
+def _check_waits(args: Namespace, online: OnlineConfig) -> None:
+    """One rank asks a server; the others wait in a collective, which has a timeout of its own."""
+    allowed_s = 60 * args.distributed_timeout_minutes
+    if args.world_size > 1 and online.longest_request_s >= allowed_s:
+        raise ConfigError(
+            f"a request to a server may take {online.longest_request_s:g} s in all (server_timeout "
+            f"{online.server_timeout:g}, server_retries {online.server_retries}), but the other ranks wait "
+            f"--distributed-timeout-minutes {args.distributed_timeout_minutes} for it: a slow server would end the run "
+            f"as a collective that hangs. Set it to {int(online.longest_request_s // 60) + 1} or more, or lower "
+            "--hybrid-server-timeout or --hybrid-server-retries."
         )
 
 

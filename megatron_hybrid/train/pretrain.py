@@ -144,7 +144,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
 
     config, online, tokenizer = prepared.config, prepared.online, prepared.tokenizer
     parallel = parallel_context()
-    sampler, weight_sync = _build_sampler(prepared, parallel)
+    sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
     return OnlineLoop(
         args=args,
@@ -155,6 +155,7 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         prompts=prepared.prompts,
         eval_prompts=prepared.eval_prompts,
         sampler=sampler,
+        eval_sampler=eval_sampler,
         weight_sync=weight_sync,
         rubric=prepared.rubric,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
@@ -166,12 +167,14 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
     )
 
 
-def _build_sampler(prepared: Prepared, parallel: ParallelContext) -> tuple[Sampler | RemoteSampler, WeightSync | None]:
-    """Who samples, and what keeps its weights fresh where they are not the student's own."""
+def _build_samplers(
+    prepared: Prepared, parallel: ParallelContext
+) -> tuple[Sampler | RemoteSampler, Sampler | RemoteSampler, WeightSync | None]:
+    """Who samples for training and for evaluation, and what keeps their weights fresh where they are on a server."""
     from megatron_hybrid.rollouts.generate import Sampler
     from megatron_hybrid.rollouts.remote import RemoteSampler
     from megatron_hybrid.servers.build import build_engine
-    from megatron_hybrid.train.weight_sync import WeightSync
+    from megatron_hybrid.train.weight_sync import WeightSync, weights_folder
 
     online, tokenizer = prepared.online, prepared.tokenizer
     common: dict[str, Any] = {
@@ -182,15 +185,16 @@ def _build_sampler(prepared: Prepared, parallel: ParallelContext) -> tuple[Sampl
         "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         "max_response_length": online.max_response_length,
     }
+    own = Sampler(**common, temperature=prepared.config.student_temperature, batch_size=online.rollout_batch_size)
     if online.rollout_server is None:
-        temperature = prepared.config.student_temperature
-        return Sampler(**common, temperature=temperature, batch_size=online.rollout_batch_size), None
+        return own, own, None
     engine = build_engine(online.rollout_server, "the rollout server", online)
+    remote = RemoteSampler(engine, **common)
     if online.rollout_sync_interval is None:
-        return RemoteSampler(engine, **common), None
-    folder = online.rollout_sync_dir or online.run_dir
+        return remote, own, None  # the server's model never changes: held-out numbers are to be the student's
+    folder = weights_folder(online.run_dir, online.rollout_sync_dir)
     sync = WeightSync(engine, interval=online.rollout_sync_interval, folder=folder, tokenizer=tokenizer.name_or_path)
-    return RemoteSampler(engine, **common), sync
+    return remote, remote, sync
 
 
 def _build_teachers(

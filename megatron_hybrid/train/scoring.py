@@ -5,7 +5,7 @@
 The other stages know no rewards, and need none. A rubric that is bound to the main thread is scored there, at once.
 Scores are made on the CPU and moved by the thread that waits. The breakdown of several rewards travels with their sum;
 of one it would say the same again.
-Collectives: the broadcasts of [b] fp32 ([1 + k, b] of k > 1 rewards), on the thread that waits.
+Collectives: the broadcasts of [1, b] fp32 ([1 + k, b] of k > 1 rewards), pickled, on the thread that waits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
+from megatron_hybrid.collectives import from_first
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import RewardBatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
@@ -27,7 +28,7 @@ Wait = Callable[[], RewardBatch | None]
 def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelContext) -> Wait:
     """Begins to score; the function returned waits, and gives the rewards on every rank of the last stage.
 
-    It is to be called once, on all ranks of the stage, and raises what a reward raised.
+    It is to be called once, on all ranks of the stage, and raises on all of them what a reward raised.
     """
     if not parallel.is_last_stage:
         return lambda: None
@@ -42,15 +43,13 @@ def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelCont
             # A daemon: a reward that never returns must not keep a process alive whose other threads are done.
             threading.Thread(target=_score_beside, args=(rollouts, rubric, result), name="rewards", daemon=True).start()
 
+    def scores() -> Tensor:
+        assert result is not None
+        scored = result.result()
+        return torch.stack([scored.rewards, *(scored.breakdown[name] for name in names)])
+
     def wait() -> RewardBatch:
-        device = rollouts.tokens.device
-        table = torch.empty(1 + len(names), len(rollouts.prompts), device=device)
-        if result is not None:
-            scored = result.result()
-            table = torch.stack([scored.rewards, *(scored.breakdown[name] for name in names)]).to(device)
-        for axis in axes:  # along the first axis among those that are first of the second, then along that
-            if axis.size > 1:
-                dist.broadcast(table, group=axis.group, group_src=0)
+        table = from_first(scores, axes).to(rollouts.tokens.device)
         return RewardBatch(table[0], dict(zip(names, table[1:], strict=True)))
 
     return wait

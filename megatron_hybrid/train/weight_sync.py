@@ -11,6 +11,7 @@ Not here: transfer from GPU to GPU (NCCL, CUDA IPC); models other than Llama-sha
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -26,21 +27,30 @@ from megatron_hybrid.servers.engine import Engine
 _OURS = re.compile(r"(megatron|step)_\d{7}")
 
 
+def weights_folder(run_dir: str | Path, sync_dir: str | Path | None) -> Path:
+    """Where a run puts weights, on a file system that all ranks and the server share: beside its report, or below a
+    folder that runs may share. Another run's weights are never in it; its own, of a start that was cut off, are."""
+    own = Path(run_dir).resolve()
+    if sync_dir is None:
+        return own / "rollout_weights"
+    mark = hashlib.sha256(str(own).encode()).hexdigest()[:8]  # runs may have one name in different folders
+    return Path(sync_dir).resolve() / "rollout_weights" / f"{own.name}-{mark}"
+
+
 class WeightSync:
     """Knows which weights the server has; collective over all ranks.
 
     Args:
         engine: the rollout server.
         interval: steps after which it gets new ones.
-        folder: on a file system that all ranks and the server share; its subfolder `rollout_weights` is made, and is
-            emptied of older weights.
+        folder: this run's own, see `weights_folder`; made, and emptied of older weights.
         tokenizer: Hugging Face folder of the tokenizer, which goes with the weights.
     """
 
     def __init__(self, engine: Engine, *, interval: int, folder: str | Path, tokenizer: str) -> None:
         self.engine = engine
         self.interval = interval
-        self.folder = Path(folder).resolve() / "rollout_weights"
+        self.folder = Path(folder).resolve()
         self.tokenizer = tokenizer
         self._version: int | None = None
         """Steps that the server's weights have seen; None: it was not told yet."""
@@ -51,7 +61,7 @@ class WeightSync:
         exact  it is to be the student as it is, as an evaluation means it
 
         Raises:
-            ServerError: on every rank.
+            ServerError, DataError: on every rank.
         """
         age = None if self._version is None else step - self._version
         if age is None or age >= (1 if exact else self.interval):

@@ -349,6 +349,10 @@ def test_a_mistake_is_found_before_a_model_is_built(rank_pool, folder, overrides
             "--context-parallel-size is 2, but a teacher on a server is asked for whole sequences",
         ),
         (
+            {"hybrid_reward": "http://localhost:9/score"},
+            "may take 3615 s .*--distributed-timeout-minutes 10 for it: .*Set it to 61 or more, or lower",
+        ),
+        (
             {"pipeline_model_parallel_size": 2, "hybrid_teacher_load": "{folder}/odd_depth"},
             "the teacher has 3 layers, which 2 pipeline stages .* cannot share evenly",
         ),
@@ -357,6 +361,7 @@ def test_a_mistake_is_found_before_a_model_is_built(rank_pool, folder, overrides
         "expert parallel",
         "hint under context parallel",
         "server under context parallel",
+        "server that may take longer than a collective",
         "teacher that the stages cannot share",
     ],
 )

@@ -113,6 +113,23 @@ def test_the_scores_of_several_rewards_reach_every_rank_with_their_sum(rank_pool
     assert rank_pool(2).run(breakdown_on_rank) == [expected, expected]
 
 
+def error_on_rank(text: str, axis: str) -> str:
+    reward = Number(threading.Event())
+    reward.may_go_on.set()
+    batch = rollouts()
+    object.__setattr__(batch, "responses", ("1.5", text))
+    here = parallel(**{axis: GroupView.of(torch.distributed.group.WORLD)})
+    with pytest.raises(ValueError) as caught:
+        start_scoring(batch, Rubric({"number": (reward, 1.0)}), here)()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("axis", ["tp", "cp"])
+def test_what_a_reward_raises_on_one_rank_is_raised_on_all_of_the_stage(rank_pool, axis: str):
+    first, second = rank_pool(2).run(error_on_rank, "no number", axis)
+    assert first == second and "no number" in first
+
+
 class Interrupted:
     """Ctrl-C while it scores."""
 

@@ -27,6 +27,7 @@ LLAMA = {
     "lr": 1e-2,
     "min_lr": 1e-2,
     "global_batch_size": 16,
+    "distributed_timeout_minutes": 61,
     "hybrid_teacher_payload": "topk",
     "hybrid_teacher_topk": 20,
     "hybrid_reward": "1*exact_match,0.5*tests.rewards.user_rewards:in_main_thread",
@@ -123,7 +124,13 @@ def test_without_fresh_weights_the_responses_grow_old_and_say_so(folder, rank_po
             hybrid_rollout_server=url,
             hybrid_teacher_server=url,
             hybrid_server_api="sglang",
+            hybrid_eval_prompts=f"{folder}/held_out.jsonl",
+            eval_iters=1,
+            eval_interval=2,
         )
+    drawn = [body["sampling_params"] for _, body in server.asked if body["sampling_params"]["max_new_tokens"]]
+    assert {how["n"] for how in drawn} == {4}, "groups to learn from; held-out responses are the student's own"
+    assert len(steps(folder, "stale", kind="eval")) == 3
     assert [step["training/policy_age"] for step in found] == [0, 1, 2]
     assert found[0]["training/rollout_probs_diff_max"] < ROUNDING < 1e-3 < found[2]["training/rollout_probs_diff_max"]
     assert not server.loaded

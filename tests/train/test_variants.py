@@ -137,6 +137,14 @@ def test_a_collection_of_another_layout_is_sampled_anew(rank_pool, folder):
     assert [record["training/policy_age"] for record in moved] == [0, 0, 0, 1]
 
 
+def test_a_collection_of_other_batches_is_sampled_anew(rank_pool, folder):
+    fixed = {"train_iters": 4, "lr_decay_iters": 4, "save_interval": 1, "save": f"{folder}/recut-checkpoints"}
+    records(rank_pool, folder, "recut", **fixed, hybrid_mini_batches=2, exit_interval=1)
+    load = {"load": f"{folder}/recut-checkpoints", "hybrid_mini_batches": 4}
+    recut = records(rank_pool, folder, "recut", **fixed | load)
+    assert [record["training/policy_age"] for record in recut] == [0, 0, 1, 2]
+
+
 def test_schedules_are_followed_and_reported(rank_pool, folder):
     found = records(
         rank_pool,
