@@ -55,8 +55,8 @@ def show_help() -> None:
         prog="megatron-hybrid-train",
         usage="%(prog)s [--hybrid ...] [Megatron's flags ...]",
         description="Trains online with the hybrid objective (arXiv 2512.23097), in Megatron's own loop.",
-        epilog="Every other flag is Megatron's own, as in its pretrain_gpt.py. examples/6_smollm2_recovery.sh is a whole "
-        "command line.",
+        epilog="Every other flag is Megatron's own, as in its pretrain_gpt.py. examples/6_smollm2_recovery.sh is a "
+        "whole command line.",
     )
     add_hybrid_args(parser).print_help()
 
