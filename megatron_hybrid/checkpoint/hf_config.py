@@ -36,6 +36,9 @@ _VALUED_FLAGS = (
     "attention_dropout",
     "hidden_dropout",
     "make_vocab_size_divisible_by",
+    # A head may have more rows than the tokenizer has tokens (Qwen's): these keep them, and take them back.
+    "vocab_size",
+    "padded_vocab_size",
 )
 
 _SWITCHES = ("add_qkv_bias", "qk_layernorm", "use_rope_scaling", "untie_embeddings_and_output_weights")

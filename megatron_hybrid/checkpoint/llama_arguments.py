@@ -69,7 +69,7 @@ WITHOUT_EFFECT = (
 
 
 def refuse_what_config_json_lacks(args: Mapping[str, Any]) -> None:
-    """Raises DataError where a checkpoint's arguments say another function than config.json could."""
+    """Raises DataError where a model's arguments say another function than config.json could."""
     for name in ARCHITECTURE:
         if name in SAID or name.startswith(WITHOUT_EFFECT):
             continue
@@ -78,6 +78,6 @@ def refuse_what_config_json_lacks(args: Mapping[str, Any]) -> None:
         given = args[keys[0]] if keys else PLAIN.get(name)
         if given != wanted:
             raise DataError(
-                f"a Llama-shaped model has {name}={wanted!r}, this checkpoint has {given!r}: it cannot be written as "
-                "one for Hugging Face."
+                f"a Llama-shaped model has {name}={wanted!r}, this one has {given!r}: it cannot be written as one for "
+                "Hugging Face."
             )
