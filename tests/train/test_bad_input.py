@@ -258,6 +258,27 @@ CASES = [
         "student_temperature is 0.5, and http://localhost:9 samples: .*Use temperature 1, or",
     ),
     (
+        "server that is to get weights of no Llama",
+        {
+            "hybrid_rollout_server": "http://localhost:9",
+            "hybrid_rollout_sync_interval": 2,
+            "normalization": "LayerNorm",
+        },
+        "ConfigError",
+        "rollout_sync_interval is 2, but the student cannot .*normalization='RMSNorm', this one has 'LayerNorm'.*Leave",
+    ),
+    (
+        "server that is to get a sentencepiece model",
+        {
+            "hybrid_rollout_server": "http://localhost:9",
+            "hybrid_rollout_sync_interval": 2,
+            "tokenizer_type": "SentencePieceTokenizer",
+            "tokenizer_model": "{folder}/tokenizer.model",
+        },
+        "ConfigError",
+        "rollout_sync_interval is 2 and --tokenizer-type SentencePieceTokenizer: .*Use --tokenizer-type HuggingFace",
+    ),
+    (
         "hint without a teacher",
         {"hybrid_teacher_hint": "The answer is {{answer}}."},
         "ConfigError",
