@@ -395,7 +395,13 @@ def test_a_plain_function_as_forward_step_is_refused(rank_pool, folder):
 
 
 @pytest.mark.parametrize(
-    "overrides", [REWARD_ONLY, {"hybrid_teacher_load": "{folder}/fitting"}], ids=["alone", "teacher"]
+    "overrides",
+    [
+        REWARD_ONLY,
+        {"hybrid_teacher_load": "{folder}/fitting"},
+        REWARD_ONLY | {"hybrid_rollout_server": "http://localhost:9", "hybrid_rollout_sync_interval": 1},
+    ],
+    ids=["alone", "teacher", "weights to a server"],
 )
 def test_good_input_reaches_megatron(rank_pool, folder, overrides):
     """Otherwise everything above could be refused for a reason of the test's own."""
