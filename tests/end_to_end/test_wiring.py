@@ -49,10 +49,8 @@ def commands_of(script, folder):
     stand_in, record = folder / "python", folder / "commands"
     stand_in.write_text(PYTHONS_PLACE.format(python=sys.executable, record=str(record)))
     stand_in.chmod(0o755)
-    knobs = {"PYTHON": str(stand_in), "RUN_DIR": str(folder / "run"), "MODELS": str(folder / "models")}
-    done = subprocess.run(
-        [EXAMPLES / script, "--train-iters", "3"], env=os.environ | knobs, capture_output=True, text=True
-    )
+    knobs = os.environ | {"PYTHON": str(stand_in), "RUN_DIR": str(folder / "run"), "MODELS": str(folder / "models")}
+    done = subprocess.run([EXAMPLES / script, "--train-iters", "3"], env=knobs, capture_output=True, text=True)
     return [json.loads(line) for line in record.read_text().splitlines()], done
 
 
