@@ -98,13 +98,6 @@ def megatron_to_hf(state: "Mapping[str, Tensor]", args: Mapping[str, Any]) -> "d
         if megatron == _HEAD and not args["untie_embeddings_and_output_weights"]:
             continue
         value = take(megatron)
-        if megatron in (_EMBEDDING, _HEAD) and len(value) < args["vocab_size"]:
-            raise DataError(
-                f"{megatron} has {len(value)} rows, and vocab_size is {args['vocab_size']}: rows of the model that it "
-                "was made from are gone, and whoever has loaded that one refuses these weights. Train it with the "
-                "--padded-vocab-size that tools/convert_checkpoint.py hf-to-megatron prints, or without --vocab-size "
-                "for a model with as many rows as its tokenizer has tokens."
-            )
         out[hf] = value[: args["vocab_size"]].clone() if megatron in (_EMBEDDING, _HEAD) else value
     for layer in range(args["num_layers"]):
         source, target = f"decoder.layers.{layer}.", f"model.layers.{layer}."

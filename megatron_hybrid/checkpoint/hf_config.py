@@ -91,6 +91,14 @@ def hf_config_to_megatron_args(config: Mapping[str, Any], *, pad_vocab_to: int |
 def megatron_args_to_hf_config(args: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model saved with these Megatron arguments. Ids of special tokens are the tokenizer's."""
     refuse_what_config_json_lacks(args)
+    rows, vocab = args.get("padded_vocab_size"), args["vocab_size"]
+    if rows is not None and vocab is not None and rows < vocab:
+        raise DataError(
+            f"the embedding has {rows} rows and vocab_size is {vocab}: rows of the model that it was made from are "
+            "gone, and whoever has loaded that one refuses these weights. Give the --padded-vocab-size that "
+            "tools/convert_checkpoint.py hf-to-megatron prints; or no --vocab-size, for as many rows as the tokenizer "
+            "has tokens."
+        )
     family, architecture = _family(args)
     theta = float(args["rotary_base"])
     rope = LLAMA3_ROPE if args.get("use_rope_scaling") else {"rope_type": "default"}

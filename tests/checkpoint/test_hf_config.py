@@ -55,6 +55,16 @@ def test_padding_can_be_chosen_and_never_cuts():
         hf_config_to_megatron_args(CONFIG, pad_vocab_to=60)
 
 
+def test_a_head_keeps_the_rows_beyond_its_tokenizer_by_its_flags_or_misses_them_aloud():
+    args = hf_config_to_megatron_args(CONFIG)
+    flags = megatron_flags(args)
+    for name, rows in (("--vocab-size", "63"), ("--padded-vocab-size", "128")):
+        assert flags[flags.index(name) + 1] == rows
+    # Megatron's own padding, of a tokenizer that has fewer tokens than the model had rows.
+    with pytest.raises(DataError, match=r"has 62 rows and vocab_size is 63: .*Give the --padded-vocab-size"):
+        megatron_args_to_hf_config(args | {"padded_vocab_size": 62})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

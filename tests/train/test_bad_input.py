@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from tests.online_jobs import WORDS, make_prompts, make_tokenizer, run
+from tests.train.test_sentencepiece import make_model as make_sentencepiece
 
 
 def attempt(folder: str, overrides: dict[str, Any], environment: dict[str, str], plain: bool) -> tuple[str, str, bool]:
@@ -72,6 +73,7 @@ def folder(tmp_path_factory, rank_pool):
     make_tokenizer(path / "tokenizer")
     make_prompts(path / "prompts.jsonl")
     good = '{"prompt": "w1", "answer": "w2"}\n'
+    make_sentencepiece(path / "tokenizer.model", 21)
     (path / "empty.jsonl").write_text("\n")
     (path / "malformed.jsonl").write_text(good + good + '{"prompt": "w1", "answer": }\n')
     (path / "no_answer.jsonl").write_text(good + '{"prompt": "w1", "solution": "w2"}\n')
