@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a text corpus to a trained student, nothing taken from anywhere: tokenizer, data, teacher, hybrid training.
 #
-#     examples/5_from_a_text_corpus.sh                      about two minutes on 2 cores
+#     examples/5_from_a_text_corpus.sh
 #     PRETRAIN_ITERS=50 examples/5_from_a_text_corpus.sh --train-iters 20
 #
 #   1  arithmetic_corpus.py        a corpus of sums and differences, one answer in four wrong; questions as .jsonl
@@ -15,7 +15,7 @@
 # right and wrong answers as the corpus has them, the reward tells them apart: the student ends above the corpus' 75 %.
 # Further arguments go to the student's training and win.
 #
-# Knobs: RUN_DIR (everything that is made), PRETRAIN_ITERS (steps of the teacher), PYTHON.
+# Knobs: RUN_DIR (everything that is made; a new folder, or one of an earlier run of this, which is made anew), PRETRAIN_ITERS (steps of the teacher), PYTHON.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,6 +24,13 @@ run="${RUN_DIR:-runs/5_from_a_text_corpus}"
 pretrain_iters="${PRETRAIN_ITERS:-300}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore
 
+# Only what this script has made is removed.
+marker="$run/made_by_5_from_a_text_corpus"
+if [[ ! -e "$marker" && -n "$(ls -A "$run" 2> /dev/null)" ]]; then
+    printf '%s holds files that this script has not made, and it removes data, teacher, pruned and student: give RUN_DIR another folder.\n' "$run" >&2
+    exit 2
+fi
+mkdir -p "$run" && touch "$marker"
 rm -rf "$run"/{data,teacher,pruned,student}
 "$python" examples/arithmetic_corpus.py "$run/data"
 "$python" tools/train_tokenizer.py --input "$run/data/corpus.jsonl" --save "$run/data/tokenizer.model" --vocab-size 320

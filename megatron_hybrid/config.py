@@ -37,6 +37,10 @@ FILE_REWARDS = ("exact_match", "math_answer")
 REWARDS = ("by_source", "reasoning_gym", *FILE_REWARDS)
 LONG_PROMPTS = ("refuse", "drop")
 SERVER_APIS = ("vllm", "sglang")
+SERVER_KEY_VARIABLE = "HYBRID_SERVER_API_KEY"
+"""Environment variable with the key of an inference engine's server, sent to no other server."""
+REWARD_KEY_VARIABLE = "HYBRID_REWARD_API_KEY"
+"""The same for a server that is a reward."""
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -325,10 +329,12 @@ class OnlineConfig(_FromArguments):
     teacher_server: str | None = setting(
         None,
         "http:// address of an inference engine that is the teacher, in place of teacher_load; needs teacher_payload "
-        "topk",
+        f"topk; a key is taken from {SERVER_KEY_VARIABLE}",
     )
     rollout_server: str | None = setting(
-        None, "http:// address of an inference engine that samples, in place of the student's own decoding"
+        None,
+        "http:// address of an inference engine that samples, in place of the student's own decoding; a key is taken "
+        f"from {SERVER_KEY_VARIABLE}",
     )
     rollout_sync_interval: int | None = setting(
         None,
@@ -347,7 +353,8 @@ class OnlineConfig(_FromArguments):
         "by_source",
         "what a response earns: by_source (a reasoning-gym question by its task's own scorer, one of a file by "
         "file_reward), reasoning_gym, exact_match, math_answer, a function of your own as module:function, or the "
-        "http:// address of a server; several, comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
+        f"http:// address of a server (its key in {REWARD_KEY_VARIABLE}); several, comma-separated: "
+        "WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
     )
     file_reward: str = setting("exact_match", "reward by_source: that of questions from a file", FILE_REWARDS)
     truncated_reward: float | None = setting(
@@ -460,7 +467,14 @@ class OnlineConfig(_FromArguments):
 
 
 def check_url(name: str, url: str) -> None:
-    """Raises ConfigError unless `url` is an address that can be asked."""
+    """Raises ConfigError unless `url` is an address that can be asked, and that may be shown."""
+    if re.match(r"[^/?#]*//[^/?#]*@", url):
+        variable = REWARD_KEY_VARIABLE if name == "reward" else SERVER_KEY_VARIABLE
+        raise ConfigError(
+            f"{name} is an address with a user or password before its '@' (not shown here): it would be written into "
+            f"config.json and errors, and is not sent. Put the server's key into the environment variable {variable}, "
+            "which goes along as a bearer token, and leave it out of the address."
+        )
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -16,6 +16,8 @@ RENDEZVOUS_PORT="${RENDEZVOUS_PORT:-29400}"
 GRACE_S="${GRACE_S:-270}"
 # Restarts of all ranks from the last checkpoint when one of them has died, before the job is given up.
 MAX_RESTARTS="${MAX_RESTARTS:-3}"
+# Attempts in a row without a new checkpoint after which a job that is stopped is given up, not queued again.
+MAX_STALLED="${MAX_STALLED:-3}"
 # The run's folder, on a file system that all nodes share. The same folder again continues the run.
 RUN_DIR="${RUN_DIR:-runs/$SLURM_JOB_NAME}"
 
@@ -32,11 +34,13 @@ train() {
 }
 
 # launch PROGRAM FLAGS...: a Python program on every rank of the job. A job that is asked to stop, because its time is
-# over, it is preempted or somebody types `scancel --signal=TERM`, goes back into the queue once its ranks have ended.
+# over, it is preempted or somebody types `scancel --signal=TERM`, goes back into the queue once its ranks have ended,
+# unless attempts that saved nothing (the save fails, or takes longer than GRACE_S) say that it would do so for ever.
 launch() {
     local nodes attempt="$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" status=0
     nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
     mkdir -p "$attempt"
+    last_checkpoint "$@" > "$attempt/started_from"
     printf '%s  attempt %s on %s, logs in %s\n' "$(date '+%F %T')" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" "$attempt"
     # A node that has ended must not end the others, which may still be saving.
     srun --ntasks-per-node 1 --kill-on-bad-exit=0 --wait "$GRACE_S" --output "$attempt/node-%n.log" \
@@ -46,7 +50,31 @@ launch() {
         --max-restarts "$MAX_RESTARTS" --shutdown-timeout "$GRACE_S" "$@" || status=$?
     printf '%s  ended with status %s\n' "$(date '+%F %T')" "$status"
     case "$status" in
-    75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; # 143: asked so early that no rank had started
+    75) # asked to stop
+        if stalled "$@"; then
+            printf 'given up: %s attempts in a row have left no new checkpoint. Does a save end within GRACE_S=%s s?\n' "$MAX_STALLED" "$GRACE_S"
+            exit "$status"
+        fi
+        scontrol requeue "$SLURM_JOB_ID"
+        ;;
+    143) scontrol requeue "$SLURM_JOB_ID" ;; # asked so early that no rank had started
     *) exit "$status" ;;
     esac
+}
+
+# Whether the attempt MAX_STALLED - 1 before this one has started from the checkpoint that is still the last.
+stalled() {
+    local now first="$RUN_DIR/logs/$SLURM_JOB_ID.$((${SLURM_RESTART_COUNT:-0} - MAX_STALLED + 1))/started_from"
+    now="$(last_checkpoint "$@")"
+    [[ "$now" != unknown && -e "$first" && "$now" == "$(< "$first")" ]]
+}
+
+# last_checkpoint FLAGS...: what is in the folder of the last --save among them; "unknown" for a program without one.
+last_checkpoint() {
+    local save="" before="" word
+    for word in "$@"; do
+        if [[ "$before" == --save ]]; then save="$word"; elif [[ "$word" == --save=* ]]; then save="${word#--save=}"; fi
+        before="$word"
+    done
+    if [[ -z "$save" ]]; then echo unknown; else cat "$save/latest_checkpointed_iteration.txt" 2> /dev/null || echo none; fi
 }

@@ -175,6 +175,26 @@ def test_servers_that_make_no_sense_are_refused(settings: dict[str, Any], messag
         OnlineConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "variable"),
+    [
+        ({"reward": "1*exact_match,1*https://me:hush@judge/score"}, "HYBRID_REWARD_API_KEY"),
+        ({"reward": "http://hush@judge"}, "HYBRID_REWARD_API_KEY"),
+        ({"teacher_server": "http://me:hush@host:8000"}, "HYBRID_SERVER_API_KEY"),
+        ({"rollout_server": "http://me:hush@:8000"}, "HYBRID_SERVER_API_KEY"),
+        ({"rollout_server": "http://me:hush@[:8000"}, "HYBRID_SERVER_API_KEY"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(settings: dict[str, Any], variable: str) -> None:
+    with pytest.raises(ConfigError, match=f"before its '@'.*environment variable {variable}") as refused:
+        OnlineConfig(**settings)
+    assert "hush" not in str(refused.value)
+
+
+def test_an_at_sign_behind_the_host_is_no_password() -> None:
+    assert OnlineConfig(reward="http://judge/score@v2?to=a@b").rewards == [(1.0, "http://judge/score@v2?to=a@b")]
+
+
 def test_a_server_counts_as_a_teacher() -> None:
     assert OnlineConfig(teacher_server="http://a").names_teacher and OnlineConfig(teacher_load="a").names_teacher
     assert not OnlineConfig().names_teacher

@@ -10,7 +10,9 @@ a reason: convert them with Megatron-Bridge, in an environment of its own. Files
 for bit (or rounded once, --dtype).
 
 `hf-to-megatron` prints the Megatron flags of the model: give them. `--finetune --use-checkpoint-args` restores most of
-them by itself, but not the epsilon of norms, Qwen3's norms of heads or the scaling of rotary positions. The result
+them by itself, but not the epsilon of norms, Qwen3's norms of heads, the scaling of rotary positions or the
+`--vocab-size` by which rows beyond the tokenizer (Qwen's) come back from training. `megatron-to-hf` refuses a folder
+that holds a model already. The result
 loads at every TP x PP x VPP that divides the model. Half a minute for 135M parameters on one core.
 """
 

@@ -4,7 +4,7 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model
 
 Texts are one a line, or the "text" of each line of a .jsonl file; each becomes a document that ends in the
-tokenizer's end of sequence. Dataset and tokenizers are Megatron's own. One process, some 10 MB of text in a minute.
+tokenizer's end of sequence. Dataset and tokenizers are Megatron's own. One process.
 """
 
 import argparse

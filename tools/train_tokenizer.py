@@ -5,7 +5,7 @@ SentencePieceTokenizer reads it.
 
 Texts are one a line, or the "text" of each line of a .jsonl file. What every text gives back exactly: no
 normalisation, spaces kept, digits one by one, unknown characters as bytes, a line break as one token. End of sequence
-is </s>. Of a corpus with more lines than --max-sentences as many are drawn at random; some minutes for a million.
+is </s>. Of a corpus with more lines than --max-sentences as many are drawn at random.
 """
 
 import argparse

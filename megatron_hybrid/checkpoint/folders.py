@@ -65,11 +65,15 @@ def megatron_folder_to_hf(
     """Writes the Hugging Face folder `save` from the Megatron checkpoint `load`; returns its config.json.
 
     tokenizer  Hugging Face folder of the tokenizer; None: the one the checkpoint names
+
+    Raises:
+        DataError: `save` holds a model already, or the checkpoint cannot be written as one.
     """
     from transformers import AutoTokenizer
 
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_state
 
+    _refuse_a_folder_with_a_model(save)
     on_stage("reading")
     state, args = load_megatron_state(load)
     folder = str(tokenizer or args.get("tokenizer_model"))
@@ -125,6 +129,15 @@ def load_hf_folder(folder: str | Path) -> "tuple[dict[str, Tensor], dict[str, An
     for file in files:
         state |= load_file(file)
     return state, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _refuse_a_folder_with_a_model(folder: str | Path) -> None:
+    found = sorted(path.name for pattern in ("config.json", "*.safetensors") for path in Path(folder).glob(pattern))
+    if found:
+        raise DataError(
+            f"{folder} holds a model already ({', '.join(found[:4])}): files of it that are not overwritten would be "
+            "read as part of the new one. Give a folder that is not there yet, or remove it."
+        )
 
 
 def save_hf_folder(folder: str | Path, state: "Mapping[str, Tensor]", config: Mapping[str, Any]) -> None:

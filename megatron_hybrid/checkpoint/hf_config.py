@@ -13,6 +13,7 @@ dropped. Needs no torch.
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_hybrid.checkpoint.llama_arguments import LLAMA3_ROPE, refuse_what_config_json_lacks
 from megatron_hybrid.errors import DataError
 
 _FAMILIES = {  # model_type: class, what it adds in Megatron's names
@@ -20,33 +21,6 @@ _FAMILIES = {  # model_type: class, what it adds in Megatron's names
     "mistral": ("MistralForCausalLM", {"add_qkv_bias": False, "qk_layernorm": False}),
     "qwen2": ("Qwen2ForCausalLM", {"add_qkv_bias": True, "qk_layernorm": False}),
     "qwen3": ("Qwen3ForCausalLM", {"add_qkv_bias": False, "qk_layernorm": True}),
-}
-# Llama 3.1's, the only numbers that Megatron's --use-rope-scaling has: 0.19.2 reads --rope-scaling-factor and drops it.
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_MEGATRON_NEEDS = {
-    "position_embedding_type": "rope",
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "add_bias_linear": False,
-}
-_MEGATRON_MAY_LACK = {  # settings that change the function, and their value where it is Llama's
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "rope_scaling_factor": _LLAMA3_ROPE["factor"],
-    "window_size": None,
-    "layernorm_zero_centered_gamma": False,
-    "qk_l2_norm": False,
-    "softmax_type": "vanilla",
-    "attention_output_gate": False,
-    "multi_latent_attention": False,
-    "num_experts": None,
 }
 _VALUED_FLAGS = (
     "num_layers",
@@ -62,6 +36,9 @@ _VALUED_FLAGS = (
     "attention_dropout",
     "hidden_dropout",
     "make_vocab_size_divisible_by",
+    # A head may have more rows than the tokenizer has tokens (Qwen's): these keep them, and take them back.
+    "vocab_size",
+    "padded_vocab_size",
 )
 
 _SWITCHES = ("add_qkv_bias", "qk_layernorm", "use_rope_scaling", "untie_embeddings_and_output_weights")
@@ -113,16 +90,18 @@ def hf_config_to_megatron_args(config: Mapping[str, Any], *, pad_vocab_to: int |
 
 def megatron_args_to_hf_config(args: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model saved with these Megatron arguments. Ids of special tokens are the tokenizer's."""
-    for name, value in (_MEGATRON_NEEDS | _MEGATRON_MAY_LACK).items():
-        given = args.get(name, _MEGATRON_MAY_LACK.get(name))
-        if given != value:
-            raise DataError(
-                f"a Llama-shaped model has {name}={value!r}, this checkpoint has {given!r}: "
-                "it cannot be written as one for Hugging Face."
-            )
+    refuse_what_config_json_lacks(args)
+    rows, vocab = args.get("padded_vocab_size"), args["vocab_size"]
+    if rows is not None and vocab is not None and rows < vocab:
+        raise DataError(
+            f"the embedding has {rows} rows and vocab_size is {vocab}: rows of the model that it was made from are "
+            "gone, and whoever has loaded that one refuses these weights. Give the --padded-vocab-size that "
+            "tools/convert_checkpoint.py hf-to-megatron prints; or no --vocab-size, for as many rows as the tokenizer "
+            "has tokens."
+        )
     family, architecture = _family(args)
     theta = float(args["rotary_base"])
-    rope = _LLAMA3_ROPE if args.get("use_rope_scaling") else {"rope_type": "default"}
+    rope = LLAMA3_ROPE if args.get("use_rope_scaling") else {"rope_type": "default"}
     epsilon = args.get("layernorm_epsilon", args.get("norm_epsilon"))
     return {
         "architectures": [architecture],
@@ -143,7 +122,7 @@ def megatron_args_to_hf_config(args: Mapping[str, Any]) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": theta, **rope},
         # Where transformers looked before version 5.
         "rope_theta": theta,
-        "rope_scaling": rope if rope is _LLAMA3_ROPE else None,
+        "rope_scaling": rope if rope is LLAMA3_ROPE else None,
         "rms_norm_eps": epsilon,
         "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
         "vocab_size": args["vocab_size"],
@@ -177,10 +156,11 @@ def _family(args: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, which moved from the top level into `rope_parameters` in transformers 5."""
-    inside = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default", **scaling, **inside}
+    """Rotary settings, which moved from the top level into `rope_parameters` in transformers 5; before 4.45 their kind
+    was called `type`."""
+    said = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    kind = said.get("rope_type", said.get("type", "default"))
+    return {"rope_theta": config.get("rope_theta", 10000.0)} | said | {"rope_type": kind}
 
 
 def _refuse_what_llama_lacks(config: Mapping[str, Any]) -> None:
@@ -219,12 +199,12 @@ def _refuse_windows(config: Mapping[str, Any]) -> None:
 
 def _refuse_rotations(rope: Mapping[str, Any]) -> None:
     kind = rope["rope_type"]
-    wanted = _LLAMA3_ROPE if kind == "llama3" else {"rope_type": "default"}
+    wanted = LLAMA3_ROPE if kind == "llama3" else {"rope_type": "default"}
     different = {name: rope.get(name) for name, value in wanted.items() if rope.get(name) != value}
     if different:
         raise DataError(
             f"config.json scales rotary positions ({kind!r}) with {different}, Megatron can rotate plainly or by Llama "
-            f"3.1's {_LLAMA3_ROPE}: every position would be turned otherwise. Convert such a model with "
+            f"3.1's {LLAMA3_ROPE}: every position would be turned otherwise. Convert such a model with "
             "Megatron-Bridge, and give Megatron a model provider that passes its numbers on."
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or rope["rope_theta"] != int(rope["rope_theta"]):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 
-_GROUPS: dict[str, tuple[str, ...]] = {
-    "hybrid teacher": ("teacher_",),
-    "hybrid responses": ("group_size", "student_temperature", "max_response", "rollout_batch", "pack_", "truncated_"),
-    "hybrid use of responses": ("rollout_", "prefix_", "clip_", "mini_batches", "ppo_epochs"),
-    "hybrid LM head and op": ("backend", "lm_head"),
-    "hybrid prompts and rewards": ("prompts", "eval_", "system_", "file_reward"),
-    "hybrid report": ("run_dir", "gradient_norms", "samples_"),
+_GROUPS = {
+    "hybrid teacher": "teacher_",
+    "hybrid responses": "group_size|student_temperature|max_response|rollout_batch|pack_",
+    "hybrid servers": "rollout_server|rollout_sync|server_",
+    "hybrid use of responses": "rollout_|prefix_|clip_|mini_batches|ppo_epochs",
+    "hybrid LM head and op": "backend|lm_head",
+    "hybrid prompts and rewards": "prompts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward",
+    "hybrid report": "run_dir|gradient_norms|samples_",
 }
-"""Heading of the help to the settings below it, by the start of their names; a setting in none is of the objective."""
+"""Heading of the help to how the names of its settings begin, first match; a setting of none is of the objective."""
 _OBJECTIVE = "hybrid objective"
 
 
@@ -81,7 +83,7 @@ def _flag(name: str) -> str:
 
 
 def _heading(name: str) -> str:
-    return next((title for title, starts in _GROUPS.items() if name.startswith(starts)), _OBJECTIVE)
+    return next((title for title, starts in _GROUPS.items() if re.match(starts, name)), _OBJECTIVE)
 
 
 def _kind(annotation: str) -> type:

@@ -102,3 +102,6 @@ THE_JOBS = (
     "wgrad_deferral_limit",
 )  # fmt: skip
 """What the job decides for every model it holds."""
+
+OLDER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+"""Names of older versions, under which a checkpoint may hold the same thing."""

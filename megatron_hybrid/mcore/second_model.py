@@ -34,15 +34,13 @@ from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.mcore.architecture import ARCHITECTURE
+from megatron_hybrid.mcore.architecture import ARCHITECTURE, OLDER_NAMES
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
 from megatron_hybrid.mcore.save_signals import helpers_deaf_to_launchers
 
 Chunks = list[torch.nn.Module]
 """A model as one rank of a pipeline holds it: one module per virtual stage."""
 
-# Names of older versions, under which a checkpoint may hold the same thing.
-_OLDER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
 # How the job cuts its own depth into stages by hand: of no use to another depth.
 _STAGES_BY_HAND = {
     "pipeline_model_parallel_layout": None,
@@ -67,7 +65,7 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
     add_megatron_arguments(parser)
     merged = copy.copy(args)
     for name in ARCHITECTURE:
-        known = [key for key in (name, _OLDER_NAMES.get(name, name)) if key in checkpoint_args]
+        known = [key for key in (name, OLDER_NAMES.get(name, name)) if key in checkpoint_args]
         setattr(merged, name, checkpoint_args[known[0]] if known else parser.get_default(name))
     merged.bias_gelu_fusion &= merged.add_bias_linear  # as Megatron does when it parses them
     if any(checkpoint_args.get(f"heterogeneous_layers_config_{kind}") for kind in ("path", "encoded_json")):

@@ -3,7 +3,8 @@
     POST {"items": [{"prompt_id", "task", "prompt", "response", "answer", "record"}, ...]}  ->  {"rewards": [0.5, ...]}
 
 `answer` may be null; `record` is the source's own (the line of a prompt file with all its fields), with what JSON does
-not know written as text. The server is asked by one rank of each replica, beside the teacher's pass.
+not know written as text. The server is asked by one rank of each replica, beside the teacher's pass. A key in the
+environment variable HYBRID_REWARD_API_KEY goes along as a bearer token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_hybrid.config import REWARD_KEY_VARIABLE
 from megatron_hybrid.records import Prompt
 from megatron_hybrid.servers.json_server import JsonServer
 
@@ -32,8 +34,15 @@ class HttpReward:
         self.name = (
             f"{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path.rstrip('/').replace('/', '.')}"
         )
-        """Host, port and path: what a metric can be called, without a password."""
-        self._server = JsonServer(url, "the reward server", timeout_s=timeout_s, retries=retries, pause_s=pause_s)
+        """Host, port and path: what a metric can be called, without the query, which may hold a key."""
+        self._server = JsonServer(
+            url,
+            "the reward server",
+            timeout_s=timeout_s,
+            retries=retries,
+            pause_s=pause_s,
+            key_variable=REWARD_KEY_VARIABLE,
+        )
 
     def score_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """A score per response.

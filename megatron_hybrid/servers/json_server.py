@@ -2,12 +2,14 @@
 
 Connections are kept and shared by threads; a failed connection, a timeout, and the statuses that a busy or restarting
 server gives (429, 500, 502, 503, 504) are tried again with growing pauses (urllib3). Every request is one that may be
-answered twice without harm. Not here: what bodies and answers mean.
+answered twice without harm. A key is taken from an environment variable, so that no address, error or configuration
+holds one. Not here: what bodies and answers mean.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,6 +21,8 @@ import urllib3
 from megatron_hybrid.errors import ServerError
 
 _BUSY = frozenset({429, 500, 502, 503, 504})
+_BUSY_WITH_ORDERS = _BUSY - {500}
+"""Without the status of an order that failed, which would fail again."""
 _SHOWN = 300
 """Characters of a bad answer that an error shows."""
 
@@ -32,7 +36,7 @@ class JsonServer:
         timeout_s: seconds that one request may take.
         retries: times a failed request is tried again.
         pause_s: before the second of those; doubles from one to the next.
-        headers: sent with every request.
+        key_variable: of the environment; what it holds is sent with every request as a bearer token.
         connections: kept open at once.
     """
 
@@ -44,24 +48,29 @@ class JsonServer:
         timeout_s: float,
         retries: int,
         pause_s: float = 1.0,
-        headers: Mapping[str, str] | None = None,
+        key_variable: str | None = None,
         connections: int = 1,
     ) -> None:
         self.url = url.rstrip("/")
         self.what = what
         self._timeout_s = timeout_s
         self._retries = retries
+        key = os.environ.get(key_variable) if key_variable else None
+        self._retry = urllib3.Retry(
+            retries,
+            backoff_factor=pause_s / 2,
+            status_forcelist=_BUSY,
+            allowed_methods=None,  # POST too
+            raise_on_status=False,
+        )
         self._pool = urllib3.PoolManager(
             maxsize=connections,
             timeout=timeout_s,
-            headers={"Accept": "application/json", "Content-Type": "application/json", **(headers or {})},
-            retries=urllib3.Retry(
-                retries,
-                backoff_factor=pause_s / 2,
-                status_forcelist=_BUSY,
-                allowed_methods=None,  # POST too
-                raise_on_status=False,
-            ),
+            headers={
+                "Accept": "application/json",
+                "Content-Type": "application/json",
+                **({"Authorization": f"Bearer {key}"} if key else {}),
+            },
         )
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -73,9 +82,8 @@ class JsonServer:
         return self._json(path, *self._exchange("POST", path, body))
 
     def tell(self, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """As `post`, for an answer that says nothing but that it was done."""
-        status, text = self._exchange("POST", path, body)
-        self._require_done(path, status, text)
+        """As `post`, for an order: the answer says nothing but that it was done. Status 500 says that it was not."""
+        self._require_done(path, *self._exchange("POST", path, body, _BUSY_WITH_ORDERS), _BUSY_WITH_ORDERS)
 
     def get(self, path: str) -> Any:
         """As `post`, without a body."""
@@ -89,11 +97,14 @@ class JsonServer:
         """The error of an answer that came and cannot be used."""
         return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {str(answer)[:_SHOWN]}")
 
-    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
+    def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, busy: frozenset[int] = _BUSY
+    ) -> tuple[int, str]:
         try:
             # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
             data = None if body is None else json.dumps(body)
-            answer = self._pool.request(method, self.url + path, body=data)
+            retries = self._retry.new(status_forcelist=busy)
+            answer = self._pool.request(method, self.url + path, body=data, retries=retries)
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerError(
@@ -103,9 +114,9 @@ class JsonServer:
             ) from error
         return answer.status, answer.data.decode("utf-8", errors="replace")
 
-    def _require_done(self, path: str, status: int, text: str) -> None:
+    def _require_done(self, path: str, status: int, text: str, busy: frozenset[int] = _BUSY) -> None:
         if not 200 <= status < 300:
-            tried = f" after {self._retries} more attempts" if status in _BUSY else ""
+            tried = f" after {self._retries} more attempts" if status in busy else ""
             raise self.broken(path, f"refuses with status {status}{tried}", text)
 
     def _json(self, path: str, status: int, text: str) -> Any:

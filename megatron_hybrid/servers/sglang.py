@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_hybrid.config import SERVER_KEY_VARIABLE
 from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, is_log_prob, likeliest
 from megatron_hybrid.servers.json_server import JsonServer
 
@@ -46,7 +47,15 @@ class SglangEngine:
     def __init__(
         self, url: str, what: str, *, at_once: int, timeout_s: float, retries: int, pause_s: float = 1.0
     ) -> None:
-        self._server = JsonServer(url, what, timeout_s=timeout_s, retries=retries, pause_s=pause_s, connections=at_once)
+        self._server = JsonServer(
+            url,
+            what,
+            timeout_s=timeout_s,
+            retries=retries,
+            pause_s=pause_s,
+            key_variable=SERVER_KEY_VARIABLE,
+            connections=at_once,
+        )
         self._at_once = at_once
 
     def complete(

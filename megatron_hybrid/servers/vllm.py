@@ -15,10 +15,10 @@ real model behind it. vLLM itself was not run here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_hybrid.config import SERVER_KEY_VARIABLE
 from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, is_log_prob, likeliest
 from megatron_hybrid.servers.json_server import JsonServer
 
@@ -43,21 +43,18 @@ class VllmEngine:
         what: what it is to the run, for errors.
         at_once: requests under way at a time.
         timeout_s, retries, pause_s: see `JsonServer`.
-
-    A key in the environment variable OPENAI_API_KEY is sent along, as OpenAI's own client does.
     """
 
     def __init__(
         self, url: str, what: str, *, at_once: int, timeout_s: float, retries: int, pause_s: float = 1.0
     ) -> None:
-        key = os.environ.get("OPENAI_API_KEY")
         self._server = JsonServer(
             url.rstrip("/").removesuffix("/v1"),
             what,
             timeout_s=timeout_s,
             retries=retries,
             pause_s=pause_s,
-            headers={"Authorization": f"Bearer {key}"} if key else None,
+            key_variable=SERVER_KEY_VARIABLE,
             connections=at_once,
         )
         self._at_once = at_once

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
+from megatron_hybrid.checkpoint.hf_config import megatron_args_to_hf_config
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.prompts.sources import open_sources
@@ -210,6 +211,8 @@ def _check_engines(args: Namespace, config: HybridConfig, online: OnlineConfig) 
             "that a server gives are those of temperature 1, and importance weights would be of another distribution. "
             "Use temperature 1, or the student's own decoding."
         )
+    if online.rollout_sync_interval is not None:
+        _check_export(args, online.rollout_sync_interval)
     if online.teacher_server is None:
         return
     if config.teacher_payload != "topk":
@@ -241,6 +244,23 @@ def _check_waits(args: Namespace, online: OnlineConfig) -> None:
             f"as a collective that hangs. Set it to {int(online.longest_request_s // 60) + 1} or more, or lower "
             "--hybrid-server-timeout or --hybrid-server-retries."
         )
+
+
+def _check_export(args: Namespace, interval: int) -> None:
+    """The student can be handed to a rollout server, which reads Hugging Face folders."""
+    if args.tokenizer_type in SENTENCEPIECE:
+        raise ConfigError(
+            f"rollout_sync_interval is {interval} and --tokenizer-type {args.tokenizer_type}: a rollout server is "
+            "given the student as a Hugging Face folder, tokenizer included, and this is none of Hugging Face's. Use "
+            "--tokenizer-type HuggingFaceTokenizer, or no --hybrid-rollout-server."
+        )
+    try:
+        megatron_args_to_hf_config(vars(args))
+    except DataError as error:
+        raise ConfigError(
+            f"rollout_sync_interval is {interval}, but the student cannot be given to a rollout server as a Hugging "
+            f"Face folder: {error} Leave --hybrid-rollout-server and its interval out, or train such a model."
+        ) from error
 
 
 def _load_tokenizer(args: Namespace) -> Any:

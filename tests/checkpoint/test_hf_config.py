@@ -1,9 +1,12 @@
 import argparse
 
 import pytest
+from megatron.training.arguments import add_megatron_arguments
 
 from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args, megatron_args_to_hf_config, megatron_flags
+from megatron_hybrid.checkpoint.llama_arguments import NEEDED, PLAIN, SAID, WITHOUT_EFFECT
 from megatron_hybrid.errors import DataError
+from megatron_hybrid.mcore.architecture import ARCHITECTURE
 from tests.checkpoint.tiny_llama import LLAMA3_ROPE, RELATIVES, make_model
 
 CONFIG = make_model().config.to_dict()
@@ -52,6 +55,16 @@ def test_padding_can_be_chosen_and_never_cuts():
         hf_config_to_megatron_args(CONFIG, pad_vocab_to=60)
 
 
+def test_a_head_keeps_the_rows_beyond_its_tokenizer_by_its_flags_or_misses_them_aloud():
+    args = hf_config_to_megatron_args(CONFIG)
+    flags = megatron_flags(args)
+    for name, rows in (("--vocab-size", "63"), ("--padded-vocab-size", "128")):
+        assert flags[flags.index(name) + 1] == rows
+    # Megatron's own padding, of a tokenizer that has fewer tokens than the model had rows.
+    with pytest.raises(DataError, match=r"has 62 rows and vocab_size is 63: .*Give the --padded-vocab-size"):
+        megatron_args_to_hf_config(args | {"padded_vocab_size": 62})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -65,6 +78,9 @@ def test_padding_can_be_chosen_and_never_cuts():
         ({"model_type": "mistral", "sliding_window": 63}, "max_position_embeddings to 63"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding window of 32"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        # The older key.
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(setting, message):
@@ -77,18 +93,52 @@ def test_a_window_that_never_acts_is_no_obstacle():
         hf_config_to_megatron_args({**CONFIG, **window})
 
 
+def test_both_keys_of_the_kind_of_rotation_mean_the_same():
+    scaling = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_type"}
+    for key in ("type", "rope_type"):
+        config = {**CONFIG, "rope_parameters": None, "rope_scaling": {**scaling, key: "llama3"}}
+        assert hf_config_to_megatron_args(config)["use_rope_scaling"] is True
+
+
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "named"),
     [
-        {"normalization": "LayerNorm"},
-        {"window_size": (15, 0)},
-        {"rotary_percent": 0.5},
-        {"add_qkv_bias": True, "qk_layernorm": True},
+        ({"normalization": "LayerNorm"}, "normalization"),
+        ({"window_size": (15, 0)}, "window_size"),
+        ({"rotary_percent": 0.5}, "rotary_percent"),
+        ({"add_qkv_bias": True, "qk_layernorm": True}, "add_qkv_bias"),
+        ({"no_rope_freq": [0, 0, 0, 1]}, "no_rope_freq"),
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ({"use_mup": True}, "use_mup"),
+        ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset"),
+        ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma"),  # as older versions called it
     ],
 )
-def test_a_model_that_is_no_llama_is_not_exported_as_one(setting):
-    with pytest.raises(DataError, match=next(iter(setting))):
+def test_a_model_that_is_no_llama_is_not_exported_as_one(setting, named):
+    with pytest.raises(DataError, match=named):
         megatron_args_to_hf_config({**hf_config_to_megatron_args(CONFIG), **setting})
+
+
+def test_every_argument_of_an_architecture_is_sorted_once():
+    for name in ARCHITECTURE:
+        kinds = [name in SAID, name in NEEDED, name in PLAIN, name.startswith(WITHOUT_EFFECT)]
+        assert kinds.count(True) == 1, name
+    assert {*SAID, *NEEDED, *PLAIN} <= {*ARCHITECTURE}
+
+
+def test_what_a_checkpoint_need_not_say_is_megatrons_default():
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    assert {name: parser.get_default(name) for name in PLAIN} == PLAIN
+
+
+def test_arguments_as_megatron_saves_them_are_a_llamas():
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    args = hf_config_to_megatron_args(CONFIG)
+    everything = {name: parser.get_default(name) for name in ARCHITECTURE} | args
+    assert megatron_args_to_hf_config(everything) == megatron_args_to_hf_config(args)
 
 
 @pytest.mark.parametrize("relative", RELATIVES)

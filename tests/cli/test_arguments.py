@@ -199,9 +199,23 @@ def test_help_puts_settings_of_one_kind_under_one_heading():
         ("--hybrid-rollout-correction", "--hybrid-clip-ratio-low", "--hybrid-mini-batches"),
         ("--hybrid-max-response-length", "--hybrid-group-size", "--hybrid-rollout-batch-size"),
         ("--hybrid-lm-head", "--hybrid-lm-head-chunk-size", "--hybrid-backend"),
-        ("--hybrid-prompts", "--hybrid-eval-prompts", "--hybrid-file-reward"),
+        ("--hybrid-prompts", "--hybrid-long-prompts", "--hybrid-reward", "--hybrid-file-reward"),
+        ("--hybrid-rollout-server", "--hybrid-rollout-sync-interval", "--hybrid-server-api"),
         ("--hybrid-run-dir", "--hybrid-samples-interval"),
     ]
     found = [{headings[flag] for flag in flags} for flags in together]
     assert all(len(kind) == 1 for kind in found)
     assert len(set.union(*found)) == len(together)
+
+
+def test_under_the_objective_stands_the_objective_alone():
+    groups = {group.title: group for group in add_hybrid_args(argparse.ArgumentParser())._action_groups}
+    assert {action.dest for action in groups["hybrid objective"]._group_actions} == {"hybrid"} | {
+        f"hybrid_{name}"
+        for name in (
+            *("reward_weight", "imitation_weight", "discount"),
+            *("reward_weight_schedule", "imitation_weight_schedule", "discount_schedule"),
+            *("future_cost", "divergence", "divergence_mix", "aggregation"),
+            *("baseline", "baseline_decay", "cost_baseline"),
+        )
+    }

@@ -1,4 +1,7 @@
-"""The examples as a user runs them: plain `python`, an empty folder; what they print is what their first lines say."""
+"""The examples as a user runs them: plain `python`, an empty folder; what they print is what their first lines say.
+
+test_wiring.py holds their flags against Megatron's and ours without training anything.
+"""
 
 import io
 import math
@@ -11,8 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.slow
 
 
 def printed_by(example: str, folder: Path, *flags: str) -> str:
@@ -45,6 +46,7 @@ def test_example_0_gets_the_same_gradient_by_hand_and_from_the_op(tmp_path):
     assert float(difference[1]) < 1e-6  # fp32, numbers of the size of 1
 
 
+@pytest.mark.slow
 def test_in_example_1_the_kl_falls_to_nothing_and_the_reward_to_chance(tmp_path):
     printed = printed_by("1_imitate_on_cpu.py", tmp_path)
     before, after = held_out(printed)
@@ -57,6 +59,7 @@ def test_in_example_1_the_kl_falls_to_nothing_and_the_reward_to_chance(tmp_path)
     assert (tmp_path / "runs" / "1_imitate_on_cpu" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_in_example_2_the_reward_rises_to_nearly_one_at_the_cost_of_log_7_nats(tmp_path):
     printed = printed_by("2_hybrid_on_cpu.py", tmp_path)
     before, after = held_out(printed)
@@ -67,6 +70,7 @@ def test_in_example_2_the_reward_rises_to_nearly_one_at_the_cost_of_log_7_nats(t
     assert after["kl"] < before["kl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["3_tensor_parallel", "4_pipeline_parallel"])
 def test_in_examples_3_and_4_both_layouts_draw_the_same_curve(tmp_path, example):
     printed = printed_by(f"{example}.py", tmp_path, "--train-iters", "8")
@@ -80,6 +84,7 @@ def test_in_examples_3_and_4_both_layouts_draw_the_same_curve(tmp_path, example)
     assert len(list((tmp_path / "runs" / example).iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_further_flags_of_a_user_win(tmp_path):
     printed = printed_by("1_imitate_on_cpu.py", tmp_path, "--train-iters", "2", "--hybrid-run-dir", "mine")
     assert "step 2/2" in printed

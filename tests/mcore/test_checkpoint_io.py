@@ -70,6 +70,14 @@ def test_through_the_disk_and_back_is_bit_exact(converted, tmp_path):
         assert config_before[name] == config_after[name], name
 
 
+@pytest.mark.parametrize("there", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_folder_with_a_model_is_not_written_into(tmp_path, there):
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(DataError, match=f"holds a model already .{there}"):
+        megatron_folder_to_hf(tmp_path / "never read", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [there]
+
+
 @pytest.mark.parametrize("relative", RELATIVES)
 def test_transformers_reads_the_export(tmp_path, relative):
     from transformers import AutoModelForCausalLM, AutoTokenizer

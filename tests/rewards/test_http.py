@@ -123,5 +123,15 @@ def test_an_answer_that_cannot_be_used_is_shown(said, message):
         reward(url).score_all(PROMPTS, RESPONSES)
 
 
-def test_a_metric_is_named_after_host_port_and_path_without_the_password():
-    assert reward("http://user:secret@judge:8000/v1/score/?key=x").name == "judge:8000.v1.score"
+def test_a_metric_is_named_after_host_port_and_path_without_the_query():
+    assert reward("http://judge:8000/v1/score/?key=x").name == "judge:8000.v1.score"
+
+
+def test_a_key_of_the_environment_goes_along(monkeypatch):
+    monkeypatch.setenv("HYBRID_SERVER_API_KEY", "secret")  # the engines'
+    monkeypatch.delenv("HYBRID_REWARD_API_KEY", raising=False)
+    with serve(lengths, key="secret") as url:
+        with pytest.raises(ServerError, match="refuses with status 401"):
+            reward(url).score_all(PROMPTS, RESPONSES)
+        monkeypatch.setenv("HYBRID_REWARD_API_KEY", "secret")
+        assert len(reward(url).score_all(PROMPTS, RESPONSES)) == len(RESPONSES)

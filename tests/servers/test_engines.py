@@ -173,11 +173,30 @@ def test_the_settings_choose_the_engine(api):
     assert isinstance(built, ENGINES[api])
 
 
-def test_a_key_of_the_environment_goes_along_and_v1_is_not_doubled(served, monkeypatch):
+@pytest.mark.parametrize(("api", "path"), [("vllm", "/v1/completions"), ("sglang", "/generate")])
+def test_a_key_of_our_own_variable_goes_along_and_no_other(api, path, served, monkeypatch):
     server, _ = served
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")  # meant for somebody else
+    monkeypatch.delenv("HYBRID_SERVER_API_KEY", raising=False)
     with serve(server.answer, key="secret") as url:
-        with pytest.raises(ServerError, match="/v1/completions refuses with status 401"):
-            engine("vllm", f"{url}/v1/").top_tokens([([5, 9], 1)], 3)
-        monkeypatch.setenv("OPENAI_API_KEY", "secret")
-        assert len(engine("vllm", f"{url}/v1/").top_tokens([([5, 9], 1)], 3)[0][0]) == 3
+        with pytest.raises(ServerError, match=f"{path} refuses with status 401"):
+            engine(api, url).top_tokens([([5, 9], 1)], 3)
+        monkeypatch.setenv("HYBRID_SERVER_API_KEY", "secret")
+        assert len(engine(api, url).top_tokens([([5, 9], 1)], 3)[0][0]) == 3
+
+
+def test_v1_is_not_doubled(served):
+    _, url = served
+    assert len(engine("vllm", f"{url}/v1/").top_tokens([([5, 9], 1)], 3)[0][0]) == 3
+
+
+def test_weights_that_a_server_cannot_load_are_not_offered_again():
+    asked = []
+
+    def answer(path, body):
+        asked.append(path)
+        return 500, "shapes differ"
+
+    with serve(answer) as url, pytest.raises(ServerError, match="refuses with status 500. It answered: shapes differ"):
+        engine("vllm", url, retries=3).load_weights("/x")
+    assert asked == ["/collective_rpc"]

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from tests.online_jobs import WORDS, make_prompts, make_tokenizer, run
+from tests.train.test_sentencepiece import make_model as make_sentencepiece
 
 
 def attempt(folder: str, overrides: dict[str, Any], environment: dict[str, str], plain: bool) -> tuple[str, str, bool]:
@@ -72,6 +73,7 @@ def folder(tmp_path_factory, rank_pool):
     make_tokenizer(path / "tokenizer")
     make_prompts(path / "prompts.jsonl")
     good = '{"prompt": "w1", "answer": "w2"}\n'
+    make_sentencepiece(path / "tokenizer.model", 21)
     (path / "empty.jsonl").write_text("\n")
     (path / "malformed.jsonl").write_text(good + good + '{"prompt": "w1", "answer": }\n')
     (path / "no_answer.jsonl").write_text(good + '{"prompt": "w1", "solution": "w2"}\n')
@@ -258,6 +260,27 @@ CASES = [
         "student_temperature is 0.5, and http://localhost:9 samples: .*Use temperature 1, or",
     ),
     (
+        "server that is to get weights of no Llama",
+        {
+            "hybrid_rollout_server": "http://localhost:9",
+            "hybrid_rollout_sync_interval": 2,
+            "normalization": "LayerNorm",
+        },
+        "ConfigError",
+        "rollout_sync_interval is 2, but the student cannot .*normalization='RMSNorm', this one has 'LayerNorm'.*Leave",
+    ),
+    (
+        "server that is to get a sentencepiece model",
+        {
+            "hybrid_rollout_server": "http://localhost:9",
+            "hybrid_rollout_sync_interval": 2,
+            "tokenizer_type": "SentencePieceTokenizer",
+            "tokenizer_model": "{folder}/tokenizer.model",
+        },
+        "ConfigError",
+        "rollout_sync_interval is 2 and --tokenizer-type SentencePieceTokenizer: .*Use --tokenizer-type HuggingFace",
+    ),
+    (
         "hint without a teacher",
         {"hybrid_teacher_hint": "The answer is {{answer}}."},
         "ConfigError",
@@ -379,7 +402,13 @@ def test_a_plain_function_as_forward_step_is_refused(rank_pool, folder):
 
 
 @pytest.mark.parametrize(
-    "overrides", [REWARD_ONLY, {"hybrid_teacher_load": "{folder}/fitting"}], ids=["alone", "teacher"]
+    "overrides",
+    [
+        REWARD_ONLY,
+        {"hybrid_teacher_load": "{folder}/fitting"},
+        REWARD_ONLY | {"hybrid_rollout_server": "http://localhost:9", "hybrid_rollout_sync_interval": 1},
+    ],
+    ids=["alone", "teacher", "weights to a server"],
 )
 def test_good_input_reaches_megatron(rank_pool, folder, overrides):
     """Otherwise everything above could be refused for a reason of the test's own."""
