@@ -188,6 +188,11 @@ class HybridConfig(_FromArguments):
         return any(self._value("imitation_weight", step) > 0 for step in self._turning_points())
 
     @property
+    def rewards_count(self) -> bool:
+        """Whether the reward term is ever on."""
+        return any(self._value("reward_weight", step) > 0 for step in self._turning_points())
+
+    @property
     def has_future_cost(self) -> bool:
         """Whether the future imitation cost is ever on."""
         return self.imitates and any(self._value("discount", step) > 0 for step in self._turning_points())
@@ -290,6 +295,11 @@ class OnlineConfig(_FromArguments):
         "training prompts: 'reasoning_gym:task,task', or a .jsonl or .parquet file with prompt and answer in each line "
         "or row; several: SHARE*SOURCE,SHARE*SOURCE",
     )
+    rollouts: str | None = setting(
+        None,
+        "in place of prompts: a .jsonl or .parquet file with prompt and response in each line or row, and reward, "
+        "logprobs and group where there are; without reward they are demonstrations",
+    )
     eval_prompts: str | None = setting(
         None, "held-out prompts, same forms; unset: other seeds of the reasoning_gym tasks among the training prompts"
     )
@@ -297,7 +307,10 @@ class OnlineConfig(_FromArguments):
         None, "tokens a prompt may have; unset: what the sequence length leaves beside a response"
     )
     long_prompts: str = setting(
-        "refuse", "prompts with more tokens than that end the run before it starts, or are dropped", LONG_PROMPTS
+        "refuse",
+        "prompts with more tokens than that, and recorded responses with more than max_response_length, end the run "
+        "before it starts, or are dropped",
+        LONG_PROMPTS,
     )
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
@@ -344,8 +357,9 @@ class OnlineConfig(_FromArguments):
     reward: str = setting(
         "by_source",
         "what a response earns: by_source (a reasoning-gym question by its task's own scorer, one of a file by "
-        "file_reward), reasoning_gym, exact_match, math_answer, a function of your own as module:function, or the "
-        "http:// address of a server; several, comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
+        "file_reward, a recorded response what its file says, a demonstration 1), reasoning_gym, exact_match, "
+        "math_answer, a function of your own as module:function, or the http:// address of a server; several, "
+        "comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
     )
     file_reward: str = setting("exact_match", "reward by_source: that of questions from a file", FILE_REWARDS)
     truncated_reward: float | None = setting(
@@ -372,6 +386,7 @@ class OnlineConfig(_FromArguments):
                     raise ConfigError(
                         f"{name} gives {source!r} the share {share}: it cannot be less than nothing. Leave it out."
                     )
+        self._check_rollouts()
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ConfigError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
         if self.long_prompts not in LONG_PROMPTS:
@@ -413,6 +428,19 @@ class OnlineConfig(_FromArguments):
                 "anew. Leave one out."
             )
 
+    def _check_rollouts(self) -> None:
+        """Rollouts from a file, in place of prompts."""
+        if self.rollouts is None:
+            return
+        if not self.rollouts.endswith((".jsonl", ".parquet")):
+            raise ConfigError(f"rollouts must be a .jsonl or .parquet file, got {self.rollouts!r}.")
+        for name in ("prompts", "rollout_server"):
+            if (value := getattr(self, name)) is not None:
+                raise ConfigError(
+                    f"rollouts is {self.rollouts!r} and {name} {value!r}: responses are either read or sampled, and "
+                    "one of the two would be silently ignored. Leave one out."
+                )
+
     def _check_servers(self) -> None:
         """Rewards, rollouts and teachers that are asked over HTTP."""
         for name in ("teacher_server", "rollout_server"):
@@ -442,6 +470,11 @@ class OnlineConfig(_FromArguments):
             raise ConfigError(f"server_timeout must be a finite number of seconds > 0, got {self.server_timeout}.")
         if self.server_retries < 0:
             raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
+
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether rollouts are trained on, sampled or recorded; else the script's own data is."""
+        return self.prompts is not None or self.rollouts is not None
 
     @property
     def names_teacher(self) -> bool:

@@ -150,6 +150,9 @@ def test_rewards_are_read_with_their_weights() -> None:
         ({"eval_prompts": "a.jsonl,2*b.jsonl"}, "'a.jsonl' has no weight"),
         ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
         ({"long_prompts": "cut"}, "long_prompts must be one of refuse, drop; got 'cut'"),
+        ({"rollouts": "old.csv"}, "rollouts must be a .jsonl or .parquet file, got 'old.csv'"),
+        ({"rollouts": "a.jsonl", "prompts": "b.jsonl"}, "rollouts is 'a.jsonl' and prompts 'b.jsonl'"),
+        ({"rollouts": "a.jsonl", "rollout_server": "http://b"}, "rollouts is 'a.jsonl' and rollout_server 'http://b'"),
     ],
 )
 def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -144,8 +144,6 @@ class HybridForwardStep:
             self.metrics.mean("actor/grad_norm_sparse", sparse)
 
     def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
-        drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
-        drift = torch.where(batch.sampled_logprobs.isfinite(), drift, 0.0)  # unknown ones are counted by the credit
         metrics = self.metrics
         if batch.teacher is not None:  # without one a KL of 0 would read as perfect agreement
             metrics.mean("actor/kl_loss", result.kl)
@@ -156,8 +154,11 @@ class HybridForwardStep:
         metrics.mean("actor/pg_loss", torch.where(advantage == 0, 0.0, -advantage * result.log_prob))
         metrics.mean("actor/entropy", result.entropy)
         metrics.spread("critic/advantages", advantage)
-        metrics.mean("training/rollout_probs_diff_mean", drift)
-        metrics.max("training/rollout_probs_diff_max", drift)
+        if (sampled := batch.sampled_logprobs) is not None:
+            drift = (sampled.exp() - result.log_prob.exp()).abs()
+            drift = torch.where(sampled.isfinite(), drift, 0.0)  # unknown ones are counted by the credit
+            metrics.mean("training/rollout_probs_diff_mean", drift)
+            metrics.max("training/rollout_probs_diff_max", drift)
         if self.token_kl is not None:
             self.token_kl.append(result.kl)
 

@@ -34,6 +34,7 @@ from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.records import HybridMicrobatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
+from megatron_hybrid.rollouts.recorded import RecordedSampler
 from megatron_hybrid.rollouts.remote import RemoteSampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
@@ -74,7 +75,7 @@ class OnlineLoop:
     layout: SequenceLayout
     prompts: PromptStream
     eval_prompts: PromptStream
-    sampler: Sampler | RemoteSampler
+    sampler: Sampler | RecordedSampler | RemoteSampler
     weight_sync: WeightSync | None
     """Where a server samples and is given the student's weights."""
     rubric: Rubric
@@ -249,7 +250,8 @@ class OnlineLoop:
                 self._measure_rollouts(learns_from, learns_from.rewards)
             if learns_from.advantages is not None:
                 step, metrics = int(self.args.curr_iteration), self.forward_step.metrics
-                metrics.max("training/policy_age", step - learns_from.rollouts.policy_version)
+                if (version := learns_from.rollouts.policy_version) is not None:
+                    metrics.max("training/policy_age", step - version)
                 batches = credited(batches, self.credit.credit_for(learns_from, step=step, metrics=metrics))
         self._collected = learns_from, batches
         return batches

@@ -20,6 +20,7 @@ from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
 from megatron_hybrid.train import journal
+from megatron_hybrid.train.recorded import open_rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
     num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
     training, held_out = open_sources(
-        online.prompts or "",
+        open_rollouts(config, online, tokenizer) or online.prompts or "",
         online.eval_prompts,
         seed=args.seed,
         num_eval=num_eval,
@@ -81,8 +82,8 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     if held_out is None:
         if num_eval:
             raise ConfigError(
-                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
-                "--hybrid-eval-prompts another file, or set --eval-iters 0."
+                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts or online.rollouts}: "
+                "give --hybrid-eval-prompts another file, or set --eval-iters 0."
             )
         held_out = training
     streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=limit) for s in (training, held_out)]
@@ -168,7 +169,8 @@ def _check_teacher_settings(args: Namespace, config: HybridConfig, online: Onlin
     if config.imitates and not online.names_teacher and not has_teacher:
         raise ConfigError(
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
-            "--hybrid-teacher-load or --hybrid-teacher-server, or set --hybrid-imitation-weight 0 for reward alone."
+            "--hybrid-teacher-load or --hybrid-teacher-server, or set "
+            "--hybrid-imitation-weight 0 for reward alone."
         )
     _check_engines(args, config, online)
     if online.teacher_hint is None:

@@ -34,6 +34,7 @@ from megatron_hybrid.train.report import RunReport
 
 if TYPE_CHECKING:
     from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.rollouts.recorded import RecordedSampler
     from megatron_hybrid.rollouts.remote import RemoteSampler
     from megatron_hybrid.train.weight_sync import WeightSync
 
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
 def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     """A drop-in around `megatron.training.pretrain`, whatever the signature of the installed version.
 
-    The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online: the dataset
-    provider passed in is not asked, micro-batches come from rollouts. With `--hybrid` alone the script's own data is
-    trained by its `base_loss_func`, or through the hybrid op where it has none. Without `--hybrid` this is `pretrain`
-    itself.
+    The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online, with
+    `--hybrid-rollouts FILE` on what the file holds: the dataset provider passed in is not asked. With `--hybrid` alone
+    the script's own data is trained by its `base_loss_func`, or through the hybrid op where it has none. Without
+    `--hybrid` this is `pretrain` itself.
 
     Raises:
         ConfigError, DataError: settings, prompts or teacher are unusable; no model has been built then.
@@ -74,11 +75,12 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
         )
     forward_step.config = from_flags
     online = OnlineConfig.from_args(arguments)
-    if online.prompts is None:
+    if not online.has_rollouts:
         if online.names_teacher or forward_step.teacher is not None:
             raise ConfigError(
-                "there is a teacher, but no --hybrid-prompts: without prompts the script's own data is trained on, and "
-                "the teacher would be silently ignored. Give the prompts, or leave the teacher out."
+                "there is a teacher, but no --hybrid-prompts or --hybrid-rollouts: without either the script's own "
+                "data is trained on, and the teacher would be silently ignored. Give one of them, or leave the teacher "
+                "out."
             )
         return pretrain(*args, **kwargs)
 
@@ -166,9 +168,12 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
     )
 
 
-def _build_sampler(prepared: Prepared, parallel: ParallelContext) -> tuple[Sampler | RemoteSampler, WeightSync | None]:
+def _build_sampler(
+    prepared: Prepared, parallel: ParallelContext
+) -> tuple[Sampler | RecordedSampler | RemoteSampler, WeightSync | None]:
     """Who samples, and what keeps its weights fresh where they are not the student's own."""
     from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.rollouts.recorded import RecordedSampler
     from megatron_hybrid.rollouts.remote import RemoteSampler
     from megatron_hybrid.servers.build import build_engine
     from megatron_hybrid.train.weight_sync import WeightSync
@@ -184,7 +189,8 @@ def _build_sampler(prepared: Prepared, parallel: ParallelContext) -> tuple[Sampl
     }
     if online.rollout_server is None:
         temperature = prepared.config.student_temperature
-        return Sampler(**common, temperature=temperature, batch_size=online.rollout_batch_size), None
+        live = Sampler(**common, temperature=temperature, batch_size=online.rollout_batch_size)
+        return live if online.rollouts is None else RecordedSampler(live), None
     engine = build_engine(online.rollout_server, "the rollout server", online)
     if online.rollout_sync_interval is None:
         return RemoteSampler(engine, **common), None
