@@ -340,6 +340,11 @@ class OnlineConfig(_FromArguments):
         "http:// address of an inference engine that is the teacher, in place of teacher_load; needs teacher_payload "
         "topk",
     )
+    teacher_store: str | None = setting(
+        None,
+        "folder with a teacher's answers to the responses of rollouts (tools/precompute_teacher.py), in place of "
+        "teacher_load; needs teacher_payload topk",
+    )
     rollout_server: str | None = setting(
         None, "http:// address of an inference engine that samples, in place of the student's own decoding"
     )
@@ -431,6 +436,11 @@ class OnlineConfig(_FromArguments):
     def _check_rollouts(self) -> None:
         """Rollouts from a file, in place of prompts."""
         if self.rollouts is None:
+            if self.teacher_store is not None:
+                raise ConfigError(
+                    f"teacher_store is {self.teacher_store!r}, but there are no recorded rollouts: responses that are "
+                    "sampled in the run are new to every store. Give --hybrid-rollouts, or --hybrid-teacher-load."
+                )
             return
         if not self.rollouts.endswith((".jsonl", ".parquet")):
             raise ConfigError(f"rollouts must be a .jsonl or .parquet file, got {self.rollouts!r}.")
@@ -446,10 +456,10 @@ class OnlineConfig(_FromArguments):
         for name in ("teacher_server", "rollout_server"):
             if (url := getattr(self, name)) is not None:
                 check_url(name, url)
-        if self.teacher_server is not None and self.teacher_load is not None:
+        if len(named := self.named_teachers) > 1:
+            (first, one), (second, other), *_ = named.items()
             raise ConfigError(
-                f"teacher_server is {self.teacher_server!r} and teacher_load {self.teacher_load!r}: one of the two "
-                "would be silently ignored. Leave one out."
+                f"{first} is {one!r} and {second} {other!r}: one of the two would be silently ignored. Leave one out."
             )
         if self.server_api not in SERVER_APIS:
             raise ConfigError(
@@ -477,9 +487,15 @@ class OnlineConfig(_FromArguments):
         return self.prompts is not None or self.rollouts is not None
 
     @property
+    def named_teachers(self) -> dict[str, str]:
+        """The setting that asks for a teacher, and its value; validated to be one at most."""
+        names = ("teacher_server", "teacher_load", "teacher_store")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
     def names_teacher(self) -> bool:
         """Whether a teacher is asked for."""
-        return self.teacher_load is not None or self.teacher_server is not None
+        return bool(self.named_teachers)
 
 
 def check_url(name: str, url: str) -> None:

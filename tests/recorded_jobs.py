@@ -153,3 +153,31 @@ def _forward_kl(student: Any, teacher: Any, batches: list[Any]) -> None:
     (total / count).backward()
     for parameter in student.parameters():
         parameter.main_grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def fill_store(folder: str, store: str, flags: dict[str, Any]) -> list[str]:
+    """What tools/precompute_teacher.py does between its command line and its exit; the lines it said on this rank."""
+    from megatron_hybrid.train.precompute import precompute, prepare_store
+    from tests.online_jobs import ONLINE
+    from tests.tiny import megatron
+
+    said: list[str] = []
+    with megatron(**ONLINE | {"tokenizer_model": f"{folder}/tokenizer"} | flags) as args:
+        from megatron.training import training
+
+        prepared = prepare_store(args, store)
+        training.initialize_megatron()
+        precompute(prepared, args, store, said.append)
+        torch.distributed.barrier()
+    return said
+
+
+def refused(job: Any, *args: Any) -> str:
+    """What a job was refused with before Megatron started; a pool does not survive an error that leaves a job."""
+    from megatron_hybrid.errors import HybridError
+
+    try:
+        job(*args)
+    except HybridError as error:
+        return str(error)
+    return "nothing"

@@ -166,6 +166,11 @@ def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], messag
         ({"rollout_server": "host:8000"}, "rollout_server 'host:8000' is no address of a server: expected http"),
         ({"teacher_server": "http://"}, "teacher_server 'http://' is no address"),
         ({"teacher_server": "http://a", "teacher_load": "b"}, "teacher_server is 'http://a' and teacher_load 'b'"),
+        (
+            {"teacher_store": "a", "teacher_load": "b", "rollouts": "c.jsonl"},
+            "teacher_load is 'b' and teacher_store 'a'",
+        ),
+        ({"teacher_store": "a", "prompts": "c.jsonl"}, "teacher_store is 'a', but there are no recorded rollouts"),
         ({"server_api": "vlm"}, "server_api must be one of vllm, sglang; got 'vlm'. Did you mean 'vllm'"),
         ({"server_requests": 0}, "server_requests must be at least 1, got 0"),
         ({"rollout_sync_interval": 2}, "there is no rollout_server to give weights to"),

@@ -19,8 +19,9 @@ from megatron_hybrid.prompts.template import PromptTemplate
 from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
+from megatron_hybrid.teachers.store import TeacherStore
 from megatron_hybrid.train import journal
-from megatron_hybrid.train.recorded import open_rollouts
+from megatron_hybrid.train.recorded import open_rollouts, open_teacher_store
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Prepared:
     teachers: TeacherSpec | None
     teacher_args: dict[str, dict[str, Any]]
     """Arguments stored in each teacher's checkpoint, by its path."""
+    teacher_store: TeacherStore | None
 
 
 def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
@@ -90,6 +92,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     tasks = training.tasks | held_out.tasks
     if teachers is not None:
         teachers.check_tasks(tasks)
+    store = open_teacher_store(config, online, tokenizer, streams[0])
     rubric = build_rubric(online)
     _open_run_dir(online.run_dir)  # the first thing that is written
     return Prepared(
@@ -102,6 +105,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         tasks=tuple(sorted(tasks)),
         teachers=teachers,
         teacher_args=teacher_args,
+        teacher_store=store,
     )
 
 
@@ -160,16 +164,15 @@ def _check_batches(args: Namespace, config: HybridConfig) -> None:
 def _check_teacher_settings(args: Namespace, config: HybridConfig, online: OnlineConfig, has_teacher: bool) -> None:
     """Whoever is to be imitated is there, once, and can read what it is to read."""
     if has_teacher and online.names_teacher:
-        given = "load" if online.teacher_server is None else "server"
+        ((given, value),) = online.named_teachers.items()
         raise ConfigError(
-            f"HybridForwardStep has a teacher of its own, and teacher_{given} is "
-            f"{online.teacher_load or online.teacher_server!r}: one of the two would be silently ignored. Leave "
-            "one out."
+            f"HybridForwardStep has a teacher of its own, and {given} is {value!r}: one of the two would be silently "
+            "ignored. Leave one out."
         )
     if config.imitates and not online.names_teacher and not has_teacher:
         raise ConfigError(
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
-            "--hybrid-teacher-load or --hybrid-teacher-server, or set "
+            "--hybrid-teacher-load, --hybrid-teacher-server or --hybrid-teacher-store, or set "
             "--hybrid-imitation-weight 0 for reward alone."
         )
     _check_engines(args, config, online)

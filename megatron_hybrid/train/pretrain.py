@@ -208,6 +208,7 @@ def _build_teachers(
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.teachers.remote import RemoteTeacher
     from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+    from megatron_hybrid.teachers.store import StoredTeacher
     from megatron_hybrid.teachers.topk import TopKTeacher
 
     config, online = prepared.config, prepared.online
@@ -224,6 +225,8 @@ def _build_teachers(
         )
         return copies[0]
 
+    if prepared.teacher_store is not None:
+        return Teachers(StoredTeacher(prepared.teacher_store, is_last_stage=parallel.is_last_stage), None)
     if online.teacher_server is not None:
         engine = build_engine(online.teacher_server, "the teacher server", online)
         return Teachers(RemoteTeacher(engine, config.teacher_topk, vocab_size, parallel), None)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.config import HybridConfig, OnlineConfig
 from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.prompts.file_source import FileSource
 from megatron_hybrid.prompts.recorded import read_rollouts, too_long_response
+from megatron_hybrid.prompts.stream import PromptStream
+from megatron_hybrid.records import Prompt
+from megatron_hybrid.teachers.store import TeacherStore
 
 
 def open_rollouts(config: HybridConfig, online: OnlineConfig, tokenizer: Any) -> FileSource | None:
@@ -46,3 +51,35 @@ def open_rollouts(config: HybridConfig, online: OnlineConfig, tokenizer: Any) ->
                 "leave such groups out with --hybrid-long-prompts drop."
             )
     return source
+
+
+def recorded_rows(prompts: PromptStream, dp_rank: int = 0, dp_size: int = 1) -> list[Prompt]:
+    """Every recorded response of this replica's share of the file once, as a row's prompt holds it."""
+    assert prompts.size is not None
+    groups = prompts.draw(0, prompts.size, dp_rank, dp_size)
+    return [replace(group, responses=(response,)) for group in groups for response in group.responses]
+
+
+def open_teacher_store(
+    config: HybridConfig, online: OnlineConfig, tokenizer: Any, prompts: PromptStream
+) -> TeacherStore | None:
+    """The store that `teacher_store` names, which answers for every response of the file; None: unset.
+
+    Raises:
+        ConfigError, DataError: it is none, or was made for something else.
+    """
+    if online.teacher_store is None:
+        return None
+    if config.teacher_payload != "topk":
+        raise ConfigError(
+            f"teacher_payload is {config.teacher_payload!r}, but a store holds a teacher's likeliest tokens alone: set "
+            "--hybrid-teacher-payload topk, and --hybrid-teacher-topk to as many as it holds, or fewer."
+        )
+    store = TeacherStore(
+        online.teacher_store,
+        k=config.teacher_topk,
+        temperature=config.teacher_temperature,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+    )
+    store.require(recorded_rows(prompts))
+    return store

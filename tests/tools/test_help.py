@@ -15,6 +15,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
         ("bench_ops.py", "--vocab"),
         ("bench_rollouts.py", "--never-stop"),
         ("plan_memory.py", "--teacher-load"),
+        ("precompute_teacher.py", "--store"),
         ("profile_step.py", "profile"),
     ],
 )
