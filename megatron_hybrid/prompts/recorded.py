@@ -91,6 +91,8 @@ def _response(record: dict[str, Any], entry: dict[str, Any], tokenizer: Any) -> 
     """A ValueError says what is wrong with the record."""
     if ("response" in record) == ("response_ids" in record):
         raise ValueError(f"needs 'response' or 'response_ids', one of the two (it has {', '.join(map(repr, record))})")
+    if not isinstance(record.get("group", ""), str | int):
+        raise ValueError(f"'group' is a {type(record['group']).__name__}, not a name or a number")
     truncated = record.get("truncated")
     if not isinstance(truncated, bool | None):
         raise ValueError(f"'truncated' is a {type(truncated).__name__}, not true or false")

@@ -12,7 +12,8 @@ Each file holds some whole responses, r of them with n tokens together:
 
 A response is known by what the teacher read: its prompt, with a hint where there is one, and the response itself. So
 files may be in any order, made on any number of replicas, and serve a part of what they hold. Tensors are mapped, and
-the rows of a micro-batch read when it is asked for. A disk that all ranks share; no collective.
+the rows of a micro-batch read when it is asked for; held are the keys, some 300 bytes a response on every rank. A disk
+that all ranks share; no collective.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ def test_parquet_rows_are_read_as_lines_are(tmp_path, tokenizer):
         ([said("w0", response_ids=[3])], "one of the two"),
         ([said("")], "'prompt' is empty"),
         ([said("w0", response=3)], "'response' is a int, not a string"),
+        ([said("w0", group=[1])], "'group' is a list, not a name or a number"),
         ([said("w0", truncated="no")], "'truncated' is a str, not true or false"),
         ([said("w0", "", truncated=True)], "the response has no token to learn from"),
         ([{"prompt": "w0", "response_ids": [3, 16]}], "holds 16, and the tokenizer has 16 tokens"),

@@ -205,7 +205,7 @@ CASES = [
         "no teacher",
         {"hybrid_imitation_weight": 0.5},
         "ConfigError",
-        "imitation_weight is 0.5, but there is no teacher .*-load or --hybrid-teacher-server, or set --hybrid-im",
+        "imitation_weight is 0.5, but there is no teacher .*-load, .*-server or .*-store, or set --hybrid-im",
     ),
     (
         "teacher with other ids",
