@@ -122,6 +122,12 @@ class HybridConfig(_FromArguments):
         "how tokens become one loss over the global batch; seq-mean-token-sum is the objective itself",
         AGGREGATIONS,
     )
+    pretraining_microbatches: int = setting(
+        0, "micro-batches of the script's own data beside the rollouts of a step, on each data-parallel replica"
+    )
+    pretraining_weight: float = setting(
+        1.0, "weight of their cross-entropy, mean over the tokens of all of them, beside the rollouts' loss"
+    )
     student_temperature: float = setting(1.0, "temperature of the student: it samples and learns softmax(z / T)")
     teacher_temperature: float = setting(1.0, "temperature of the teacher's logits")
     teacher_logit_floor: float | None = setting(
@@ -171,6 +177,7 @@ class HybridConfig(_FromArguments):
                 "out, or use teacher_payload 'hidden'."
             )
         self._check_numbers()
+        self._check_pretraining()
         if self.group_size < 2 and self.baseline in GROUP_BASELINES:
             raise ConfigError(
                 f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}"
@@ -245,6 +252,21 @@ class HybridConfig(_FromArguments):
                 raise ConfigError(
                     f"{name} must be one of {', '.join(choices)}; got {value!r}.{_nearest(value, choices)}"
                 )
+
+    def _check_pretraining(self) -> None:
+        """The share of the script's own data."""
+        if self.pretraining_microbatches < 0:
+            raise ConfigError(f"pretraining_microbatches must be at least 0, got {self.pretraining_microbatches}.")
+        if not (math.isfinite(self.pretraining_weight) and self.pretraining_weight > 0):
+            raise ConfigError(
+                f"pretraining_weight must be a finite number > 0, got {self.pretraining_weight}. For no "
+                "pretraining set pretraining_microbatches 0."
+            )
+        if self.pretraining_weight != 1 and not self.pretraining_microbatches:
+            raise ConfigError(
+                f"pretraining_weight is {self.pretraining_weight}, but pretraining_microbatches is 0: there is nothing "
+                "to weigh. Set both, or neither."
+            )
 
     def _check_numbers(self) -> None:
         for name in ("group_size", "mini_batches", "ppo_epochs", "teacher_topk"):

@@ -224,3 +224,14 @@ class HybridMicrobatch:
     sampled_logprobs: Tensor | None
     """[n] fp32: what the sampler believed, for mismatch metrics; None: nobody knows."""
     teacher: TeacherPayload | None = None
+
+
+@dataclass(frozen=True)
+class PretrainingMicrobatch:
+    """A micro-batch of the script's own data beside rollouts; filled by `train/pretraining.py`."""
+
+    batch: tuple[Any, ...]
+    """What the script's `get_batch` gave on this stage."""
+    scale: Tensor | None
+    """[] fp32: factor of its summed cross-entropy, so that Megatron's division by the rollouts' count leaves the
+    weighted mean over the step's tokens. None on stages that make no loss."""

@@ -68,7 +68,7 @@ def demonstrations(folder: str, way: str, flags: dict[str, Any]) -> dict[str, An
         if args.hybrid_divergence == "forward_kl":
             teacher = build(args)
             set_weights(teacher, "teacher")
-        batches, config = _micro_batches(folder, args, parallel, teacher)
+        batches, config = rollout_batches(folder, args, parallel, teacher)
         if way == "reference":
             assert teacher is not None
             _forward_kl(model[0].double(), teacher[0].double(), batches)
@@ -78,7 +78,9 @@ def demonstrations(folder: str, way: str, flags: dict[str, Any]) -> dict[str, An
         return {"shards": shards(model)}
 
 
-def _micro_batches(folder: str, args: Any, parallel: Any, teacher: Any) -> tuple[list[Any], Any]:
+def rollout_batches(
+    folder: str, args: Any, parallel: Any, teacher: Any = None, layout: Any = None
+) -> tuple[list[Any], Any]:
     """The file's responses as the online loop would hand them to the schedule."""
     import dataclasses
 
@@ -109,7 +111,7 @@ def _micro_batches(folder: str, args: Any, parallel: Any, teacher: Any) -> tuple
         rollouts,
         micro_batch_size=args.micro_batch_size,
         aggregation=config.aggregation,
-        layout=SequenceLayout.of(parallel),
+        layout=layout or SequenceLayout.of(parallel),
     )
     if teacher is not None:
         payloads = FrozenTeacher(teacher, parallel).annotate(batches)

@@ -44,6 +44,7 @@ from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
+from megatron_hybrid.train.pretraining import PretrainingData
 from megatron_hybrid.train.report import RunReport
 from megatron_hybrid.train.scoring import start_scoring
 from megatron_hybrid.train.updates import Updates
@@ -76,6 +77,8 @@ class OnlineLoop:
     prompts: PromptStream
     eval_prompts: PromptStream
     sampler: Sampler | RecordedSampler | RemoteSampler
+    pretraining: PretrainingData | None
+    """Batches of the script's own data beside the rollouts."""
     weight_sync: WeightSync | None
     """Where a server samples and is given the student's weights."""
     rubric: Rubric
@@ -123,7 +126,10 @@ class OnlineLoop:
         measured = next_step % self.gradient_norms_interval == 0 or next_step == 1
         self.forward_step.gradient_norms = measured and not call.forward_only
         batches = self._collect(call)
-        call.feed(batches, shape=schedule_shape([batch.student for batch in batches], self.parallel.cp.size))
+        self.forward_step.mixed = self.pretraining is not None and not call.forward_only
+        beside = self.pretraining.draw(batches) if self.pretraining is not None and self.forward_step.mixed else []
+        shape = schedule_shape([batch.student for batch in batches], self.parallel.cp.size)
+        call.feed([*batches, *beside], shape=shape)
 
     def after_schedule(self, call: ScheduleCall) -> None:
         """An evaluation is reported once its last iteration is done."""
@@ -159,6 +165,8 @@ class OnlineLoop:
         now = self.config.at(self._step - 1)
         for name in SCHEDULED:
             metrics.max(f"actor/{name}", getattr(now, name))
+        if self.pretraining is not None:
+            metrics.max("pretraining/weight", now.pretraining_weight)
         metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
         values = finished(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
