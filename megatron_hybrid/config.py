@@ -126,6 +126,12 @@ class HybridConfig(_FromArguments):
         "how tokens become one loss over the global batch; seq-mean-token-sum is the objective itself",
         AGGREGATIONS,
     )
+    pretraining_microbatches: int = setting(
+        0, "micro-batches of the script's own data beside the rollouts of a step, on each data-parallel replica"
+    )
+    pretraining_weight: float = setting(
+        1.0, "weight of their cross-entropy, mean over the tokens of all of them, beside the rollouts' loss"
+    )
     student_temperature: float = setting(1.0, "temperature of the student: it samples and learns softmax(z / T)")
     teacher_temperature: float = setting(1.0, "temperature of the teacher's logits")
     teacher_logit_floor: float | None = setting(
@@ -175,6 +181,7 @@ class HybridConfig(_FromArguments):
                 "out, or use teacher_payload 'hidden'."
             )
         self._check_numbers()
+        self._check_pretraining()
         if self.group_size < 2 and self.baseline in GROUP_BASELINES:
             raise ConfigError(
                 f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}"
@@ -190,6 +197,11 @@ class HybridConfig(_FromArguments):
     def imitates(self) -> bool:
         """Whether the imitation term is ever on."""
         return any(self._value("imitation_weight", step) > 0 for step in self._turning_points())
+
+    @property
+    def rewards_count(self) -> bool:
+        """Whether the reward term is ever on."""
+        return any(self._value("reward_weight", step) > 0 for step in self._turning_points())
 
     @property
     def has_future_cost(self) -> bool:
@@ -245,6 +257,21 @@ class HybridConfig(_FromArguments):
                     f"{name} must be one of {', '.join(choices)}; got {value!r}.{_nearest(value, choices)}"
                 )
 
+    def _check_pretraining(self) -> None:
+        """The share of the script's own data."""
+        if self.pretraining_microbatches < 0:
+            raise ConfigError(f"pretraining_microbatches must be at least 0, got {self.pretraining_microbatches}.")
+        if not (math.isfinite(self.pretraining_weight) and self.pretraining_weight > 0):
+            raise ConfigError(
+                f"pretraining_weight must be a finite number > 0, got {self.pretraining_weight}. For no "
+                "pretraining set pretraining_microbatches 0."
+            )
+        if self.pretraining_weight != 1 and not self.pretraining_microbatches:
+            raise ConfigError(
+                f"pretraining_weight is {self.pretraining_weight}, but pretraining_microbatches is 0: there is nothing "
+                "to weigh. Set both, or neither."
+            )
+
     def _check_numbers(self) -> None:
         for name in ("group_size", "mini_batches", "ppo_epochs", "teacher_topk"):
             value = getattr(self, name)
@@ -294,6 +321,11 @@ class OnlineConfig(_FromArguments):
         "training prompts: 'reasoning_gym:task,task', or a .jsonl or .parquet file with prompt and answer in each line "
         "or row; several: SHARE*SOURCE,SHARE*SOURCE",
     )
+    rollouts: str | None = setting(
+        None,
+        "in place of prompts: a .jsonl or .parquet file with prompt and response in each line or row, and reward, "
+        "logprobs and group where there are; without reward they are demonstrations",
+    )
     eval_prompts: str | None = setting(
         None, "held-out prompts, same forms; unset: other seeds of the reasoning_gym tasks among the training prompts"
     )
@@ -301,7 +333,10 @@ class OnlineConfig(_FromArguments):
         None, "tokens a prompt may have; unset: what the sequence length leaves beside a response"
     )
     long_prompts: str = setting(
-        "refuse", "prompts with more tokens than that end the run before it starts, or are dropped", LONG_PROMPTS
+        "refuse",
+        "prompts with more tokens than that, and recorded responses with more than max_response_length, end the run "
+        "before it starts, or are dropped",
+        LONG_PROMPTS,
     )
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
@@ -331,6 +366,11 @@ class OnlineConfig(_FromArguments):
         "http:// address of an inference engine that is the teacher, in place of teacher_load; needs teacher_payload "
         f"topk; a key is taken from {SERVER_KEY_VARIABLE}",
     )
+    teacher_store: str | None = setting(
+        None,
+        "folder with a teacher's answers to the responses of rollouts (tools/precompute_teacher.py), in place of "
+        "teacher_load; needs teacher_payload topk",
+    )
     rollout_server: str | None = setting(
         None,
         "http:// address of an inference engine that samples, in place of the student's own decoding; a key is taken "
@@ -352,9 +392,9 @@ class OnlineConfig(_FromArguments):
     reward: str = setting(
         "by_source",
         "what a response earns: by_source (a reasoning-gym question by its task's own scorer, one of a file by "
-        "file_reward), reasoning_gym, exact_match, math_answer, a function of your own as module:function, or the "
-        f"http:// address of a server (its key in {REWARD_KEY_VARIABLE}); several, comma-separated: "
-        "WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
+        "file_reward, a recorded response what its file says, a demonstration 1), reasoning_gym, exact_match, "
+        "math_answer, a function of your own as module:function, or the http:// address of a server (its key in "
+        f"{REWARD_KEY_VARIABLE}); several, comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
     )
     file_reward: str = setting("exact_match", "reward by_source: that of questions from a file", FILE_REWARDS)
     truncated_reward: float | None = setting(
@@ -389,6 +429,7 @@ class OnlineConfig(_FromArguments):
                     raise ConfigError(
                         f"{name} gives {source!r} the share {share}: it cannot be less than nothing. Leave it out."
                     )
+        self._check_rollouts()
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ConfigError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
         if self.long_prompts not in LONG_PROMPTS:
@@ -430,15 +471,33 @@ class OnlineConfig(_FromArguments):
                 "anew. Leave one out."
             )
 
+    def _check_rollouts(self) -> None:
+        """Rollouts from a file, in place of prompts."""
+        if self.rollouts is None:
+            if self.teacher_store is not None:
+                raise ConfigError(
+                    f"teacher_store is {self.teacher_store!r}, but there are no recorded rollouts: responses that are "
+                    "sampled in the run are new to every store. Give --hybrid-rollouts, or --hybrid-teacher-load."
+                )
+            return
+        if not self.rollouts.endswith((".jsonl", ".parquet")):
+            raise ConfigError(f"rollouts must be a .jsonl or .parquet file, got {self.rollouts!r}.")
+        for name in ("prompts", "rollout_server"):
+            if (value := getattr(self, name)) is not None:
+                raise ConfigError(
+                    f"rollouts is {self.rollouts!r} and {name} {value!r}: responses are either read or sampled, and "
+                    "one of the two would be silently ignored. Leave one out."
+                )
+
     def _check_servers(self) -> None:
         """Rewards, rollouts and teachers that are asked over HTTP."""
         for name in ("teacher_server", "rollout_server"):
             if (url := getattr(self, name)) is not None:
                 check_url(name, url)
-        if self.teacher_server is not None and self.teacher_load is not None:
+        if len(named := self.named_teachers) > 1:
+            (first, one), (second, other), *_ = named.items()
             raise ConfigError(
-                f"teacher_server is {self.teacher_server!r} and teacher_load {self.teacher_load!r}: one of the two "
-                "would be silently ignored. Leave one out."
+                f"{first} is {one!r} and {second} {other!r}: one of the two would be silently ignored. Leave one out."
             )
         if self.server_api not in SERVER_APIS:
             raise ConfigError(
@@ -461,9 +520,20 @@ class OnlineConfig(_FromArguments):
             raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
 
     @property
+    def has_rollouts(self) -> bool:
+        """Whether rollouts are trained on, sampled or recorded; else the script's own data is."""
+        return self.prompts is not None or self.rollouts is not None
+
+    @property
+    def named_teachers(self) -> dict[str, str]:
+        """The setting that asks for a teacher, and its value; validated to be one at most."""
+        names = ("teacher_server", "teacher_load", "teacher_store")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
     def names_teacher(self) -> bool:
         """Whether a teacher is asked for."""
-        return self.teacher_load is not None or self.teacher_server is not None
+        return bool(self.named_teachers)
 
 
 def check_url(name: str, url: str) -> None:

@@ -35,6 +35,8 @@ MEANINGS = {
     "actor/grad_norm_dense": "root mean square over response tokens of the imitation part's norm in logits",
     "actor/grad_norm_sparse": "root mean square over response tokens of the policy part's norm in logits",
     "actor/lr": "learning rate",
+    "pretraining/loss": "cross-entropy of the script's own micro-batches, nats per token, before its weight",
+    "pretraining/weight": "weight of that cross-entropy beside the rollouts' loss",
     "actor/distillation/loss": "the divergence that is minimised instead of the reverse KL, nats per response token",
     "actor/reward_weight": "lambda at this step",
     "actor/imitation_weight": "beta at this step",

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class RecordedResponse:
+    """One response as a file holds it, filled by `prompts/recorded.py`."""
+
+    token_ids: tuple[int, ...]
+    """As the student is to learn it, the end-of-sequence token included where there is one; at least one."""
+    log_probs: tuple[float, ...] | None
+    """[len(token_ids)], nats, of whoever sampled it; None: nobody wrote them down."""
+    truncated: bool
+    """It was cut off before an end-of-sequence token."""
+    entry: dict[str, Any]
+    """For the reward, as `Prompt.entry`: where the response stands in its file, and its record."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One question, filled by `prompts`."""
 
@@ -33,6 +47,8 @@ class Prompt:
     """The source's own record, handed to the reward unchanged."""
     teacher_token_ids: tuple[int, ...] | None = None
     """What the teacher reads in front of the response, where that is not `token_ids` (a hint, a solution)."""
+    responses: tuple[RecordedResponse, ...] = ()
+    """Its group of responses, where a file holds them; in a RolloutBatch, that of the row alone."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +61,9 @@ class RolloutBatch:
     """[b, s] int64: prompt, response, then padding; s is the longest row."""
     response_mask: Tensor
     """[b, s] bool: True on the tokens the student sampled, end-of-sequence included. Set by the sampler alone."""
-    sampled_logprobs: Tensor
-    """[b, s] fp32, nats: under the sampling distribution; 0 off the mask and on stages that do not sample."""
+    sampled_logprobs: Tensor | None
+    """[b, s] fp32, nats: under the sampling distribution; 0 off the mask and on stages that do not sample. None: nobody
+    wrote them down, in the whole run: nothing can be corrected, or said of how far sampler and trainer are apart."""
     group_id: Tensor
     """[b] int64: rows with the same number answer the same prompt."""
     truncated: tuple[bool, ...]
@@ -54,8 +71,8 @@ class RolloutBatch:
     responses: tuple[str, ...]
     """[b]: the responses in words, special tokens removed."""
     temperature: float
-    policy_version: int
-    """Optimizer steps taken before sampling."""
+    policy_version: int | None
+    """Optimizer steps taken before sampling; None: no step of this run's."""
     seed: int
 
     def take(self, rows: Sequence[int]) -> RolloutBatch:
@@ -66,7 +83,7 @@ class RolloutBatch:
             prompts=tuple(self.prompts[row] for row in index),
             tokens=self.tokens[index],
             response_mask=self.response_mask[index],
-            sampled_logprobs=self.sampled_logprobs[index],
+            sampled_logprobs=None if self.sampled_logprobs is None else self.sampled_logprobs[index],
             group_id=self.group_id[index],
             truncated=tuple(self.truncated[row] for row in index),
             responses=tuple(self.responses[row] for row in index),
@@ -194,8 +211,8 @@ class HybridMicrobatch:
     """[n] int64: which sequence of the micro-batch a response token belongs to."""
     position_of_token: Tensor
     """[n] int64: its position in that sequence, prompt included, whichever rank holds it; ascending."""
-    tasks: tuple[str, ...]
-    """Task of each sequence of the micro-batch."""
+    prompts: tuple[Prompt, ...]
+    """That of each sequence of the micro-batch: its task, and the recorded response where it has one."""
     targets: Tensor
     """[n] int64: the tokens they predict."""
     weigh: Weigh
@@ -204,6 +221,17 @@ class HybridMicrobatch:
     """[n] fp32: share of a token in its sequence's term (1, or 1/length); set by `schedule/normalise.py`."""
     count: Tensor
     """[] int32 (Megatron's type): what Megatron sums over micro-batches and ranks and divides the gradient by."""
-    sampled_logprobs: Tensor
-    """[n] fp32: what the sampler believed, for mismatch metrics."""
+    sampled_logprobs: Tensor | None
+    """[n] fp32: what the sampler believed, for mismatch metrics; None: nobody knows."""
     teacher: TeacherPayload | None = None
+
+
+@dataclass(frozen=True)
+class PretrainingMicrobatch:
+    """A micro-batch of the script's own data beside rollouts; filled by `train/pretraining.py`."""
+
+    batch: tuple[Any, ...]
+    """What the script's `get_batch` gave on this stage."""
+    scale: Tensor | None
+    """[] fp32: factor of its summed cross-entropy, so that Megatron's division by the rollouts' count leaves the
+    weighted mean over the step's tokens. None on stages that make no loss."""

@@ -50,8 +50,11 @@ def make_prompts(path: Path, words: list[str] = WORDS) -> Path:
     return path
 
 
-def run(folder: str, overrides: dict[str, Any]) -> str:
-    """One online run; returns what Megatron and the report printed on this rank."""
+def run(folder: str, overrides: dict[str, Any], data: Any = None) -> str:
+    """One online run; returns what Megatron and the report printed on this rank.
+
+    data  from Megatron's arguments to the script's own (dataset provider, get_batch); None: they must not be asked
+    """
     flags = ONLINE | {
         "tokenizer_model": f"{folder}/tokenizer",
         "hybrid_prompts": f"{folder}/prompts.jsonl",
@@ -66,8 +69,9 @@ def run(folder: str, overrides: dict[str, Any]) -> str:
 
         container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
         with contextlib.suppress(SystemExit):  # how Megatron stops at --exit-interval
-            step = mh.HybridForwardStep(get_batch=_of_the_script, base_loss_func=_of_the_script)
-            mh.pretrain_hybrid(container, _of_the_script, ModelType.encoder_or_decoder, step)
+            provider, get_batch = (_of_the_script, _of_the_script) if data is None else data(args)
+            step = mh.HybridForwardStep(get_batch=get_batch, base_loss_func=_of_the_script)
+            mh.pretrain_hybrid(container, provider, ModelType.encoder_or_decoder, step)
     return out.getvalue()
 
 

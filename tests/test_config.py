@@ -50,6 +50,9 @@ def test_every_setting_explains_itself_to_the_command_line(kind: type) -> None:
         ({"clip_ratio_low": 1.5}, "clip_ratio_low at most 1"),
         ({"mini_batches": 0}, "mini_batches must be at least 1, got 0"),
         ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
+        ({"pretraining_microbatches": -1}, "pretraining_microbatches must be at least 0, got -1"),
+        ({"pretraining_microbatches": 1, "pretraining_weight": 0.0}, "pretraining_weight must be a finite number > 0"),
+        ({"pretraining_weight": 0.5}, "pretraining_weight is 0.5, but pretraining_microbatches is 0"),
         ({"teacher_topk": 0}, "teacher_topk must be at least 1, got 0"),
         ({"divergence": "jsd", "discount": 0.0, "divergence_mix": 1.0}, "divergence_mix must lie strictly between"),
         ({"divergence": "jsd"}, r"one-step loss.*discount \(1.0\)"),
@@ -150,6 +153,9 @@ def test_rewards_are_read_with_their_weights() -> None:
         ({"eval_prompts": "a.jsonl,2*b.jsonl"}, "'a.jsonl' has no weight"),
         ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
         ({"long_prompts": "cut"}, "long_prompts must be one of refuse, drop; got 'cut'"),
+        ({"rollouts": "old.csv"}, "rollouts must be a .jsonl or .parquet file, got 'old.csv'"),
+        ({"rollouts": "a.jsonl", "prompts": "b.jsonl"}, "rollouts is 'a.jsonl' and prompts 'b.jsonl'"),
+        ({"rollouts": "a.jsonl", "rollout_server": "http://b"}, "rollouts is 'a.jsonl' and rollout_server 'http://b'"),
     ],
 )
 def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -163,6 +169,11 @@ def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], messag
         ({"rollout_server": "host:8000"}, "rollout_server 'host:8000' is no address of a server: expected http"),
         ({"teacher_server": "http://"}, "teacher_server 'http://' is no address"),
         ({"teacher_server": "http://a", "teacher_load": "b"}, "teacher_server is 'http://a' and teacher_load 'b'"),
+        (
+            {"teacher_store": "a", "teacher_load": "b", "rollouts": "c.jsonl"},
+            "teacher_load is 'b' and teacher_store 'a'",
+        ),
+        ({"teacher_store": "a", "prompts": "c.jsonl"}, "teacher_store is 'a', but there are no recorded rollouts"),
         ({"server_api": "vlm"}, "server_api must be one of vllm, sglang; got 'vlm'. Did you mean 'vllm'"),
         ({"server_requests": 0}, "server_requests must be at least 1, got 0"),
         ({"rollout_sync_interval": 2}, "there is no rollout_server to give weights to"),

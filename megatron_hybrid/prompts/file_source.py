@@ -6,7 +6,7 @@ bad line 90 000 is a message in the first second and not a crash in the second h
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,12 @@ class FileSource:
             DataError: it cannot be read, holds a record that is no question, or none at all.
         """
         path = Path(path)
-        unit, records = _FORMS[path.suffix]
-        questions, problems = [], []
-        for number, record in records(path):
-            entry = {"source": path.suffix[1:], unit: number, "record": record}
-            try:
-                questions.append(_question(record, entry, path.stem))
-            except ValueError as problem:
-                problems.append(f"{unit} {number}: {problem}")
-        if problems:
-            more = len(problems) - _SHOWN_PROBLEMS
-            raise DataError(
-                f"{path}: {len(problems)} of {len(problems) + len(questions)} {unit}s cannot be used. Expected "
-                f'{{"prompt": "...", "answer": "..."}} in each {unit}, "task" if you like. '
-                + "; ".join(problems[:_SHOWN_PROBLEMS])
-                + (f"; and {more} more." if more > 0 else ".")
-            )
-        if not questions:
-            raise DataError(f'{path} holds no questions: expected {{"prompt": "...", "answer": "..."}} in each {unit}.')
-        return cls(questions, str(path))
+
+        def question(record: Any, place: dict[str, int]) -> Question:
+            return _question(record, {"source": path.suffix[1:], **place, "record": record}, path.stem)
+
+        expected = '{"prompt": "...", "answer": "..."}'
+        return cls(parsed_records(path, question, what="questions", expected=expected), str(path))
 
     def item(self, index: int) -> Question:
         return self._questions[index]
@@ -88,13 +75,42 @@ class FileSource:
         return FileSource(kept, self._name)
 
 
-def _question(record: Any, entry: dict[str, Any], default_task: str) -> Question:
-    """One record as a question; a ValueError says what is wrong with it."""
+def parsed_records[T](path: Path, parse: Callable[[Any, dict[str, int]], T], *, what: str, expected: str) -> list[T]:
+    """Every record of a file, the problems of all of them told at once.
+
+    parse           from a record and {"line" or "row": its number}; a ValueError says what is wrong with it
+    what, expected  for messages: what the file should hold, and the form of a record
+
+    Raises:
+        DataError: it cannot be read, holds a record that `parse` refuses, or none at all.
+    """
+    unit, records = _FORMS[path.suffix]
+    found, problems = [], []
+    for number, record in records(path):
+        try:
+            found.append(parse(record, {unit: number}))
+        except ValueError as problem:
+            problems.append(f"{unit} {number}: {problem}")
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        raise DataError(
+            f"{path}: {len(problems)} of {len(problems) + len(found)} {unit}s cannot be used. Expected "
+            f'{expected} in each {unit}, "task" if you like. '
+            + "; ".join(problems[:_SHOWN_PROBLEMS])
+            + (f"; and {more} more." if more > 0 else ".")
+        )
+    if not found:
+        raise DataError(f"{path} holds no {what}: expected {expected} in each {unit}.")
+    return found
+
+
+def checked_record(record: Any, required: Sequence[str]) -> dict[str, Any]:
+    """A record with a prompt, and these fields; a ValueError says what is wrong with it."""
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object")
-    for name in ("prompt", "answer"):
+    for name in required:
         if name not in record:
             raise ValueError(f"no {name!r} field (it has {', '.join(map(repr, record)) or 'none'})")
     for name in ("prompt", "answer", "task"):
@@ -102,4 +118,10 @@ def _question(record: Any, entry: dict[str, Any], default_task: str) -> Question
             raise ValueError(f"{name!r} is a {type(record[name]).__name__}, not a string")
     if not record["prompt"].strip():
         raise ValueError("'prompt' is empty")
+    return record
+
+
+def _question(record: Any, entry: dict[str, Any], default_task: str) -> Question:
+    """One record as a question; a ValueError says what is wrong with it."""
+    record = checked_record(record, ("prompt", "answer"))
     return Question(record["prompt"], record.get("task", default_task), record["answer"], entry)

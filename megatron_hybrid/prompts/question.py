@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megatron_hybrid.records import RecordedResponse
+
 
 @dataclass(frozen=True)
 class Question:
@@ -12,11 +14,13 @@ class Question:
     text: str
     task: str
     """A reasoning-gym task, or the `task` field of a prompt file."""
-    answer: str
+    answer: str | None
     entry: dict[str, Any] = field(default_factory=dict)
     """For the reward: `source` says which kind of source made it, `record` is the source's own record."""
     examples: tuple[tuple[str, str], ...] = ()
     """Solved questions (question, answer) shown before this one, to teach a small model the form of an answer."""
+    responses: tuple[RecordedResponse, ...] = ()
+    """Its group of responses, where a file holds them."""
 
 
 Refuse = Callable[[Question], str | None]

@@ -23,16 +23,22 @@ def open_source(spec: str, *, seed: int = 0, held_out: bool = False) -> PromptSo
 
 
 def open_sources(
-    prompts: str, eval_prompts: str | None, *, seed: int, num_eval: int, refuse: Refuse | None = None
+    prompts: str | PromptSource,
+    eval_prompts: str | None,
+    *,
+    seed: int,
+    num_eval: int,
+    refuse: Refuse | None = None,
 ) -> tuple[PromptSource, PromptSource | None]:
     """(training, held-out) sources that share no question text.
 
+    prompts        what `open_source` takes; or a source that is open
     eval_prompts   None: other questions of the same generated tasks; nothing is held out of a training file
     num_eval       held-out questions that will be asked, the first ones of a generated source; a file is held out whole
     refuse         questions to leave out of both
     """
-    training = open_source(prompts, seed=seed)
-    asked = eval_prompts or _generated_part(prompts)
+    training = open_source(prompts, seed=seed) if isinstance(prompts, str) else prompts
+    asked = eval_prompts or (_generated_part(prompts) if isinstance(prompts, str) else None)
     held_out = None if asked is None else open_source(asked, held_out=True)
     if refuse is not None:
         training = training.fitting(refuse)

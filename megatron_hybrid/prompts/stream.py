@@ -55,7 +55,16 @@ class PromptStream:
     def _encode(self, question: Question, *, prompt_id: int) -> Prompt:
         ids = self._template.encode(question)
         for_teacher = self._template.encode_for_teacher(question)
-        return Prompt(prompt_id, ids, question.text, question.task, question.answer, question.entry, for_teacher)
+        return Prompt(
+            prompt_id,
+            ids,
+            question.text,
+            question.task,
+            question.answer,
+            question.entry,
+            for_teacher,
+            question.responses,
+        )
 
     def _require_short(self, prompts: list[Prompt]) -> None:
         too_long = [prompt for prompt in prompts if len(prompt.token_ids) > self._max_prompt_length]

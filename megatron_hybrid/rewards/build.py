@@ -11,6 +11,7 @@ from megatron_hybrid.rewards.http import HttpReward
 from megatron_hybrid.rewards.math_answer import MathAnswerReward
 from megatron_hybrid.rewards.python_function import PythonFunctionReward
 from megatron_hybrid.rewards.reasoning_gym import ReasoningGymReward
+from megatron_hybrid.rewards.recorded import RecordedReward
 from megatron_hybrid.rewards.rubric import Rubric
 
 _NAMED: dict[str, type[Reward]] = {
@@ -41,7 +42,9 @@ def build_rubric(online: OnlineConfig) -> Rubric:
 def _reward(name: str, online: OnlineConfig) -> Reward | BatchReward:
     if name == "by_source":
         of_file = _NAMED[online.file_reward]()
-        return RewardBySource({"reasoning_gym": ReasoningGymReward(), "jsonl": of_file, "parquet": of_file})
+        return RewardBySource(
+            {"reasoning_gym": ReasoningGymReward(), "jsonl": of_file, "parquet": of_file, "recorded": RecordedReward()}
+        )
     if name in _NAMED:
         return _NAMED[name]()
     if "://" in name:

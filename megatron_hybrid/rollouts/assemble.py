@@ -19,8 +19,8 @@ class Sample:
 
     token_ids: tuple[int, ...]
     """The end-of-sequence token included, where there was one."""
-    log_probs: Tensor
-    """[len(token_ids)] fp32, nats; zeros on pipeline stages that do not sample."""
+    log_probs: Tensor | None
+    """[len(token_ids)] fp32, nats; zeros on pipeline stages that do not sample; None, in all samples: not known."""
     truncated: bool
     """It ran out of room before an end-of-sequence token."""
 
@@ -33,7 +33,7 @@ def assemble(
     decode: Decode,
     device: torch.device,
     temperature: float,
-    policy_version: int,
+    policy_version: int | None,
     seed: int,
 ) -> RolloutBatch:
     """One row per sample, [b, s] with s the longest prompt plus response of the batch."""
@@ -42,16 +42,18 @@ def assemble(
     tokens = torch.zeros(rows, width, dtype=torch.long)
     mask = torch.zeros(rows, width, dtype=torch.bool)
     log_probs = torch.zeros(rows, width)
+    known = all(sample.log_probs is not None for sample in samples)
     for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         border, end = len(prompt.token_ids), len(prompt.token_ids) + len(sample.token_ids)
         tokens[row, :end] = torch.tensor((*prompt.token_ids, *sample.token_ids))
         mask[row, border:end] = True
-        log_probs[row, border:end] = sample.log_probs
+        if sample.log_probs is not None:
+            log_probs[row, border:end] = sample.log_probs
     return RolloutBatch(
         prompts=tuple(prompts),
         tokens=tokens.to(device),
         response_mask=mask.to(device),
-        sampled_logprobs=log_probs.to(device),
+        sampled_logprobs=log_probs.to(device) if known else None,
         group_id=torch.tensor(group_id, dtype=torch.long, device=device),
         truncated=tuple(sample.truncated for sample in samples),
         responses=tuple(decode(sample.token_ids) for sample in samples),

@@ -24,7 +24,7 @@ from megatron_hybrid.mcore.model import head_logits, model_forward, response_hid
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.lm_head import linear_hybrid_loss
-from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, TopKPayload
+from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, PretrainingMicrobatch, TopKPayload
 from megatron_hybrid.schedule.response_loss import ResponseLoss, Runtime
 
 IGNORED = -100
@@ -34,9 +34,10 @@ Output = tuple[Tensor, Callable[..., Any]]
 class HybridForwardStep:
     """A drop-in `forward_step_func` for `megatron.training.pretrain`.
 
-    Three kinds of batches, told apart by their type:
+    Four kinds of batches, told apart by their type:
 
     * `HybridMicrobatch`: the hybrid loss. `pretrain_hybrid` feeds these; one's own loop can.
+    * `PretrainingMicrobatch`: Megatron's tuple beside them, cross-entropy with a weight and a normaliser of its own.
     * Megatron's tuple (tokens, labels, loss_mask, attention_mask, position_ids) of an existing `get_batch`, hybrid on:
       demonstrations. imitation weight 0 and advantage 1 on every unmasked token, which is Megatron's own cross-entropy,
       computed by the op; or the script's own `base_loss_func` where one is given.
@@ -69,11 +70,16 @@ class HybridForwardStep:
         """Per-token numbers of the micro-batches so far, last stage only; the online loop renews it every step."""
         self.token_kl: list[Tensor] | None = None
         """KL [n] of each micro-batch in order, where somebody asked for it by putting a list here."""
+        self.mixed = False
+        """Whether the micro-batches of this schedule call are of both kinds: each then reports the losses of both."""
 
     def __call__(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Output:
         batch = self.get_batch(data_iterator)
         if isinstance(batch, HybridMicrobatch):
             return self._hybrid(batch, model, return_schedule_plan)
+        if isinstance(batch, PretrainingMicrobatch):
+            output, _ = self._demonstration(batch.batch, model, return_schedule_plan)
+            return output, partial(_pretraining_loss, batch)
         if self.config is None or self.base_loss_func is not None:
             return self._stock(batch, model.build_schedule_plan if return_schedule_plan else model)
         return self._demonstration(batch, model, return_schedule_plan)
@@ -98,7 +104,7 @@ class HybridForwardStep:
             context=batch,
             schedule_plan=schedule_plan,
         )
-        return output, partial(_hybrid_loss, batch.count)
+        return output, partial(_hybrid_loss, batch.count, self.mixed)
 
     def _hybrid_output(
         self,
@@ -144,8 +150,6 @@ class HybridForwardStep:
             self.metrics.mean("actor/grad_norm_sparse", sparse)
 
     def _measure(self, batch: HybridMicrobatch, result: HybridLoss, imitation: Tensor, advantage: Tensor) -> None:
-        drift = (batch.sampled_logprobs.exp() - result.log_prob.exp()).abs()
-        drift = torch.where(batch.sampled_logprobs.isfinite(), drift, 0.0)  # unknown ones are counted by the credit
         metrics = self.metrics
         if batch.teacher is not None:  # without one a KL of 0 would read as perfect agreement
             metrics.mean("actor/kl_loss", result.kl)
@@ -156,8 +160,11 @@ class HybridForwardStep:
         metrics.mean("actor/pg_loss", torch.where(advantage == 0, 0.0, -advantage * result.log_prob))
         metrics.mean("actor/entropy", result.entropy)
         metrics.spread("critic/advantages", advantage)
-        metrics.mean("training/rollout_probs_diff_mean", drift)
-        metrics.max("training/rollout_probs_diff_max", drift)
+        if (sampled := batch.sampled_logprobs) is not None:
+            drift = (sampled.exp() - result.log_prob.exp()).abs()
+            drift = torch.where(sampled.isfinite(), drift, 0.0)  # unknown ones are counted by the credit
+            metrics.mean("training/rollout_probs_diff_mean", drift)
+            metrics.max("training/rollout_probs_diff_max", drift)
         if self.token_kl is not None:
             self.token_kl.append(result.kl)
 
@@ -243,9 +250,21 @@ def _five(batch: Any) -> tuple[Any, ...]:
     return given
 
 
-def _hybrid_loss(count: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _hybrid_loss(count: Tensor, mixed: bool, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's three-tuple: summed loss, what it is divided by in the end, and [sum, count] for its log."""
-    return _three(output.sum(), count, "actor/loss")
+    loss, count, report = _three(output.sum(), count, "actor/loss")
+    if mixed:  # Megatron wants the same names of every micro-batch
+        report["pretraining/loss"] = torch.zeros_like(report["actor/loss"])
+    return loss, count, report
+
+
+def _pretraining_loss(batch: PretrainingMicrobatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As above: it counts nothing, its scale holds its own normaliser; its log is the cross-entropy per token."""
+    assert batch.scale is not None
+    loss_mask = batch.batch[2]
+    loss, tokens, report = _demonstration_loss(loss_mask, output)
+    named = {"actor/loss": torch.zeros_like(report["lm loss"]), "pretraining/loss": report["lm loss"]}
+    return loss * batch.scale, torch.zeros_like(tokens), named
 
 
 def _demonstration_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

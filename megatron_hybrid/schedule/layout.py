@@ -41,6 +41,8 @@ class SequenceLayout:
     packed: bool = False
     same_width: bool = False
     """Every micro-batch as wide as the widest: pipeline stages rely on it."""
+    least_width: int = 1
+    """Positions that every micro-batch has at least: those of other micro-batches beside them."""
 
     @classmethod
     def of(cls, parallel: ParallelContext, *, sequence_parallel: bool = False, packed: bool = False) -> SequenceLayout:
@@ -69,9 +71,8 @@ class SequenceLayout:
 
     def width(self, lengths: Sequence[int]) -> int:
         """Positions of a micro-batch's row whose sequences feed `lengths` positions, on all context-parallel ranks."""
-        if not self.packed:
-            return self.padded_length(max(lengths))
-        return self.padded_length(sum(self._packed_lengths(lengths)))
+        length = sum(self._packed_lengths(lengths)) if self.packed else max(lengths)
+        return self.padded_length(max(length, self.least_width))
 
     def model_input(
         self, sequences: Sequence[Tensor], sequence: Tensor, position: Tensor, *, width: int

@@ -32,7 +32,7 @@ def credited(batches: Sequence[HybridMicrobatch], credit_for: CreditFor) -> list
     """The micro-batches of `microbatches`, in its order, with the credit of their tokens."""
     done, first = [], 0
     for batch in batches:
-        rows = slice(first, first + len(batch.tasks))
+        rows = slice(first, first + len(batch.prompts))
         weigh = credit_for(rows, batch.sequence_of_token, batch.position_of_token)
         done.append(replace(batch, weigh=weigh))
         first = rows.stop
@@ -129,17 +129,18 @@ def _microbatch(
         model_input, mine = layout.model_input(reading.rows, sequence, predictor + shift[sequence], width=width)
         inputs.append(model_input)
     count, scale = normaliser(mask, aggregation)
+    log_probs = rollouts.sampled_logprobs
     sequence, column = sequence[mine], predictor[mine] + 1
     return HybridMicrobatch(
         student=inputs[0],
         teacher_input=inputs[-1],
         sequence_of_token=sequence,
         position_of_token=column,
-        tasks=tuple(prompt.task for prompt in rollouts.prompts[rows]),
+        prompts=rollouts.prompts[rows],
         targets=tokens[sequence, column],
         weigh=imitation_alone,
         token_scale=scale[sequence],
         # Megatron adds the counts of context-parallel ranks up too, and each of them holds every sequence.
         count=count if layout.cp_rank == 0 else torch.zeros_like(count),
-        sampled_logprobs=rollouts.sampled_logprobs[rows][sequence, column],
+        sampled_logprobs=None if log_probs is None else log_probs[rows][sequence, column],
     )

@@ -81,7 +81,7 @@ def _texts(batch: HybridMicrobatch) -> list[tuple[list[int], Tensor, Tensor]]:
     packing = reads.packed_seq_params
     starts = None if packing is None else packing.cu_seqlens_q.cpu()
     texts = []
-    for number in range(len(batch.tasks)):
+    for number in range(len(batch.prompts)):
         tokens = (sequences == number).nonzero().squeeze(1)
         if not len(tokens):
             continue

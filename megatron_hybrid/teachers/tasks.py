@@ -56,7 +56,7 @@ class TaskTeachers:
 
     def _tokens_of(self, teacher: Teacher, batch: HybridMicrobatch) -> Tensor | None:
         """The tokens of this rank that `teacher` answers; None where no sequence of the micro-batch is its own."""
-        own = torch.tensor([self._teacher(task) is teacher for task in batch.tasks])
+        own = torch.tensor([self._teacher(prompt.task) is teacher for prompt in batch.prompts])
         # Sequences decide, not tokens: under context parallelism this rank may hold no token of one that others hold.
         return own[batch.sequence_of_token.cpu()].nonzero().squeeze(1) if own.any() else None
 
@@ -128,5 +128,5 @@ def _only(batch: HybridMicrobatch, tokens: Tensor) -> HybridMicrobatch:
         position_of_token=batch.position_of_token[index],
         targets=batch.targets[index],
         token_scale=batch.token_scale[index],
-        sampled_logprobs=batch.sampled_logprobs[index],
+        sampled_logprobs=None if batch.sampled_logprobs is None else batch.sampled_logprobs[index],
     )

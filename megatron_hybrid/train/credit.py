@@ -80,7 +80,7 @@ class Credit:
         """The credit of the tokens of each micro-batch, at the weights and discount of this step."""
         config, rollouts, advantages = self.config.at(step), scored.rollouts, scored.advantages
         assert advantages is not None, "collected() comes first"
-        correction = Correction.from_config(config)
+        correction, log_probs = Correction.from_config(config), rollouts.sampled_logprobs
 
         def credit_for(rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
             return make_weigh(
@@ -93,7 +93,7 @@ class Credit:
                 reward_weight=config.reward_weight,
                 imitation_weight=config.imitation_weight,
                 group_id=rollouts.group_id[rows] if config.cost_baseline == "group" else None,
-                sampled_logprobs=rollouts.sampled_logprobs[rows][sequence, column],
+                sampled_logprobs=None if log_probs is None else log_probs[rows][sequence, column],
                 correction=correction,
                 cp_group=self.parallel.cp.group,
                 metrics=metrics,

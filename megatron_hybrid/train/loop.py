@@ -35,6 +35,7 @@ from megatron_hybrid.prompts.stream import PromptStream
 from megatron_hybrid.records import HybridMicrobatch, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.rollouts.generate import Sampler
+from megatron_hybrid.rollouts.recorded import RecordedSampler
 from megatron_hybrid.rollouts.remote import RemoteSampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
@@ -45,6 +46,7 @@ from megatron_hybrid.teachers.snapshot import SnapshotTeacher
 from megatron_hybrid.train.collection import fingerprint, load_collection, save_collection
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
+from megatron_hybrid.train.pretraining import PretrainingData
 from megatron_hybrid.train.report import RunReport
 from megatron_hybrid.train.scoring import start_scoring
 from megatron_hybrid.train.updates import Updates
@@ -76,9 +78,11 @@ class OnlineLoop:
     layout: SequenceLayout
     prompts: PromptStream
     eval_prompts: PromptStream
-    sampler: Sampler | RemoteSampler
+    sampler: Sampler | RecordedSampler | RemoteSampler
     eval_sampler: Sampler | RemoteSampler
-    """Answers held-out prompts as the student is: its own decoding where a server is never given its weights."""
+    """Answers held-out prompts as the student is: by its own decoding, unless a server is given its weights."""
+    pretraining: PretrainingData | None
+    """Batches of the script's own data beside the rollouts."""
     weight_sync: WeightSync | None
     """Where a server samples and is given the student's weights."""
     rubric: Rubric
@@ -126,7 +130,10 @@ class OnlineLoop:
         measured = next_step % self.gradient_norms_interval == 0 or next_step == 1
         self.forward_step.gradient_norms = measured and not call.forward_only
         batches = self._collect(call)
-        call.feed(batches, shape=schedule_shape([batch.student for batch in batches], self.parallel.cp.size))
+        self.forward_step.mixed = self.pretraining is not None and not call.forward_only
+        beside = self.pretraining.draw(batches) if self.pretraining is not None and self.forward_step.mixed else []
+        shape = schedule_shape([batch.student for batch in batches], self.parallel.cp.size)
+        call.feed([*batches, *beside], shape=shape)
 
     def after_schedule(self, call: ScheduleCall) -> None:
         """An evaluation is reported once its last iteration is done."""
@@ -162,6 +169,8 @@ class OnlineLoop:
         now = self.config.at(self._step - 1)
         for name in SCHEDULED:
             metrics.max(f"actor/{name}", getattr(now, name))
+        if self.pretraining is not None:
+            metrics.max("pretraining/weight", now.pretraining_weight)
         metrics.max("perf/max_memory_allocated_gb", torch.cuda.max_memory_allocated() / 2**30)
         values = finished(metrics.reduce(self.parallel.dp_cp.group))
         if self.report is not None:
@@ -264,7 +273,8 @@ class OnlineLoop:
                 self._measure_rollouts(learns_from, learns_from.rewards)
             if learns_from.advantages is not None:
                 step, metrics = int(self.args.curr_iteration), self.forward_step.metrics
-                metrics.max("training/policy_age", step - learns_from.rollouts.policy_version)
+                if (version := learns_from.rollouts.policy_version) is not None:
+                    metrics.max("training/policy_age", step - version)
                 batches = credited(batches, self.credit.credit_for(learns_from, step=step, metrics=metrics))
         self._collected = learns_from, batches
         return batches

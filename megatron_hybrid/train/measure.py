@@ -71,7 +71,7 @@ def sample_rows(
     for batch, of_batch in zip(batches, of_batches, strict=True):
         if len(rows) >= SHOWN_SAMPLES:
             break
-        for k in range(len(batch.tasks)):
+        for k in range(len(batch.prompts)):
             row = len(rows)
             prompt, ids = rollouts.prompts[row], rollouts.tokens[row][rollouts.response_mask[row]]
             kl = () if of_batch is None else tuple(of_batch[batch.sequence_of_token == k].tolist())

@@ -23,7 +23,9 @@ from megatron_hybrid.prompts.tokenizers import READABLE, SENTENCEPIECE, read_tok
 from megatron_hybrid.rewards.build import build_rubric
 from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
+from megatron_hybrid.teachers.store import TeacherStore
 from megatron_hybrid.train import journal
+from megatron_hybrid.train.recorded import open_rollouts, open_teacher_store
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Prepared:
     teachers: TeacherSpec | None
     teacher_args: dict[str, dict[str, Any]]
     """Arguments stored in each teacher's checkpoint, by its path."""
+    teacher_store: TeacherStore | None
 
 
 def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
@@ -78,7 +81,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     template = PromptTemplate(tokenizer, system_prompt=online.system_prompt, teacher_hint=online.teacher_hint)
     num_eval = int(args.eval_iters) * int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
     training, held_out = open_sources(
-        online.prompts or "",
+        open_rollouts(config, online, tokenizer) or online.prompts or "",
         online.eval_prompts,
         seed=args.seed,
         num_eval=num_eval,
@@ -87,14 +90,15 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     if held_out is None:
         if num_eval:
             raise ConfigError(
-                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts}: give "
-                "--hybrid-eval-prompts another file, or set --eval-iters 0."
+                f"--eval-iters is {args.eval_iters}, but nothing is held out of {online.prompts or online.rollouts}: "
+                "give --hybrid-eval-prompts another file, or set --eval-iters 0."
             )
         held_out = training
     streams = [PromptStream(s, template, seed=args.seed, max_prompt_length=limit) for s in (training, held_out)]
     tasks = training.tasks | held_out.tasks
     if teachers is not None:
         teachers.check_tasks(tasks)
+    store = open_teacher_store(config, online, tokenizer, streams[0])
     rubric = build_rubric(online)
     _open_run_dir(online.run_dir)  # the first thing that is written
     return Prepared(
@@ -107,6 +111,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         tasks=tuple(sorted(tasks)),
         teachers=teachers,
         teacher_args=teacher_args,
+        teacher_store=store,
     )
 
 
@@ -176,16 +181,16 @@ def _check_batches(args: Namespace, config: HybridConfig) -> None:
 def _check_teacher_settings(args: Namespace, config: HybridConfig, online: OnlineConfig, has_teacher: bool) -> None:
     """Whoever is to be imitated is there, once, and can read what it is to read."""
     if has_teacher and online.names_teacher:
-        given = "load" if online.teacher_server is None else "server"
+        ((given, value),) = online.named_teachers.items()
         raise ConfigError(
-            f"HybridForwardStep has a teacher of its own, and teacher_{given} is "
-            f"{online.teacher_load or online.teacher_server!r}: one of the two would be silently ignored. Leave "
-            "one out."
+            f"HybridForwardStep has a teacher of its own, and {given} is {value!r}: one of the two would be silently "
+            "ignored. Leave one out."
         )
     if config.imitates and not online.names_teacher and not has_teacher:
         raise ConfigError(
             f"imitation_weight is {config.imitation_weight}, but there is no teacher to imitate: give "
-            "--hybrid-teacher-load or --hybrid-teacher-server, or set --hybrid-imitation-weight 0 for reward alone."
+            "--hybrid-teacher-load, --hybrid-teacher-server or --hybrid-teacher-store, or set "
+            "--hybrid-imitation-weight 0 for reward alone."
         )
     _check_engines(args, config, online)
     if online.teacher_hint is None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.loop import OnlineLoop, Teachers
 from megatron_hybrid.train.prepare import Prepared, prepare
+from megatron_hybrid.train.pretraining import ScriptData
 from megatron_hybrid.train.report import RunReport
 
 if TYPE_CHECKING:
     from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.rollouts.recorded import RecordedSampler
     from megatron_hybrid.rollouts.remote import RemoteSampler
     from megatron_hybrid.train.weight_sync import WeightSync
 
@@ -41,10 +44,10 @@ if TYPE_CHECKING:
 def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     """A drop-in around `megatron.training.pretrain`, whatever the signature of the installed version.
 
-    The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online: the dataset
-    provider passed in is not asked, micro-batches come from rollouts. With `--hybrid` alone the script's own data is
-    trained by its `base_loss_func`, or through the hybrid op where it has none. Without `--hybrid` this is `pretrain`
-    itself.
+    The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online, with
+    `--hybrid-rollouts FILE` on what the file holds: the dataset provider passed in is asked for
+    `--hybrid-pretraining-microbatches` only. With `--hybrid` alone the script's own data is trained by its
+    `base_loss_func`, or through the hybrid op where it has none. Without `--hybrid` this is `pretrain` itself.
 
     Raises:
         ConfigError, DataError: settings, prompts or teacher are unusable; no model has been built then.
@@ -74,20 +77,31 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
         )
     forward_step.config = from_flags
     online = OnlineConfig.from_args(arguments)
-    if online.prompts is None:
+    if not online.has_rollouts:
         if online.names_teacher or forward_step.teacher is not None:
             raise ConfigError(
-                "there is a teacher, but no --hybrid-prompts: without prompts the script's own data is trained on, and "
-                "the teacher would be silently ignored. Give the prompts, or leave the teacher out."
+                "there is a teacher, but no --hybrid-prompts or --hybrid-rollouts: without either the script's own "
+                "data is trained on, and the teacher would be silently ignored. Give one of them, or leave the teacher "
+                "out."
+            )
+        if from_flags.pretraining_microbatches:
+            raise ConfigError(
+                f"pretraining_microbatches is {from_flags.pretraining_microbatches}, but there are no rollouts to go "
+                "beside: the script's own data is all that is trained on. Give --hybrid-prompts or --hybrid-rollouts, "
+                "or leave it at 0."
             )
         return pretrain(*args, **kwargs)
 
+    script = ScriptData(
+        call.arguments.get("train_valid_test_dataset_provider"), forward_step.get_batch, arguments.dataloader_type
+    )
+    script.check(arguments, from_flags, packed=online.pack_sequences)
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
     with ExitStack() as stack:
         # Iterators are handed over as they are, and of micro-batches that the script's own get_batch does not know.
         stack.enter_context(_replaced(arguments, "dataloader_type", "external"))
         stack.enter_context(_replaced(forward_step, "get_batch", next))
-        provider = _provider(stack, prepared, arguments, forward_step)
+        provider = _provider(stack, prepared, arguments, forward_step, script)
         call.arguments["train_valid_test_dataset_provider"] = provider
         try:
             result = pretrain(*call.args, **call.kwargs)
@@ -114,13 +128,13 @@ class _Provider:
     is_distributed = True
     """Megatron asks every rank, not only the first of each tensor-parallel group."""
 
-    def __init__(self, build: Callable[[], OnlineLoop]) -> None:
+    def __init__(self, build: Callable[[Sequence[int]], OnlineLoop]) -> None:
         self._build = build
         self._loop: OnlineLoop | None = None
 
     def __call__(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         if self._loop is None:
-            self._loop = self._build()
+            self._loop = self._build(num_samples)
         # The schedule is fed by the loop; these stand for data that exists.
         return iter(()), iter(()), None
 
@@ -130,20 +144,31 @@ class _Provider:
             self._loop.report.finish()
 
 
-def _provider(stack: ExitStack, prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> _Provider:
-    def build() -> OnlineLoop:
-        loop = _build_loop(prepared, args, forward_step)
+def _provider(
+    stack: ExitStack, prepared: Prepared, args: Namespace, forward_step: HybridForwardStep, script: ScriptData
+) -> _Provider:
+    def build(num_samples: Sequence[int]) -> OnlineLoop:
+        loop = _build_loop(prepared, args, forward_step, script, num_samples)
         stack.enter_context(injected(loop))
         return loop
 
     return _Provider(build)
 
 
-def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForwardStep) -> OnlineLoop:
+def _build_loop(
+    prepared: Prepared,
+    args: Namespace,
+    forward_step: HybridForwardStep,
+    script: ScriptData,
+    num_samples: Sequence[int],
+) -> OnlineLoop:
     from megatron_hybrid.mcore.groups import parallel_context
 
     config, online, tokenizer = prepared.config, prepared.online, prepared.tokenizer
     parallel = parallel_context()
+    layout = SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=online.pack_sequences)
+    if config.pretraining_microbatches and layout.same_width:
+        layout = replace(layout, least_width=args.seq_length)  # that of the script's own batches
     sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
     return OnlineLoop(
@@ -151,11 +176,12 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
         config=config,
         forward_step=forward_step,
         parallel=parallel,
-        layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=online.pack_sequences),
+        layout=layout,
         prompts=prepared.prompts,
         eval_prompts=prepared.eval_prompts,
         sampler=sampler,
         eval_sampler=eval_sampler,
+        pretraining=script.open(num_samples, args, config, parallel),
         weight_sync=weight_sync,
         rubric=prepared.rubric,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
@@ -169,9 +195,10 @@ def _build_loop(prepared: Prepared, args: Namespace, forward_step: HybridForward
 
 def _build_samplers(
     prepared: Prepared, parallel: ParallelContext
-) -> tuple[Sampler | RemoteSampler, Sampler | RemoteSampler, WeightSync | None]:
+) -> tuple[Sampler | RecordedSampler | RemoteSampler, Sampler | RemoteSampler, WeightSync | None]:
     """Who samples for training and for evaluation, and what keeps their weights fresh where they are on a server."""
     from megatron_hybrid.rollouts.generate import Sampler
+    from megatron_hybrid.rollouts.recorded import RecordedSampler
     from megatron_hybrid.rollouts.remote import RemoteSampler
     from megatron_hybrid.servers.build import build_engine
     from megatron_hybrid.train.weight_sync import WeightSync, weights_folder
@@ -187,7 +214,7 @@ def _build_samplers(
     }
     own = Sampler(**common, temperature=prepared.config.student_temperature, batch_size=online.rollout_batch_size)
     if online.rollout_server is None:
-        return own, own, None
+        return own if online.rollouts is None else RecordedSampler(own.decode, own.device), own, None
     engine = build_engine(online.rollout_server, "the rollout server", online)
     remote = RemoteSampler(engine, **common)
     if online.rollout_sync_interval is None:
@@ -206,6 +233,7 @@ def _build_teachers(
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.teachers.remote import RemoteTeacher
     from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+    from megatron_hybrid.teachers.store import StoredTeacher
     from megatron_hybrid.teachers.topk import TopKTeacher
 
     config, online = prepared.config, prepared.online
@@ -222,6 +250,8 @@ def _build_teachers(
         )
         return copies[0]
 
+    if prepared.teacher_store is not None:
+        return Teachers(StoredTeacher(prepared.teacher_store, is_last_stage=parallel.is_last_stage), None)
     if online.teacher_server is not None:
         engine = build_engine(online.teacher_server, "the teacher server", online)
         return Teachers(RemoteTeacher(engine, config.teacher_topk, vocab_size, parallel), None)

@@ -169,7 +169,7 @@ def product(overrides: dict[str, Any], method: Method, sampled: dict[str, list[l
         first = parallel.dp_cp.rank == 0
         weighed = []
         for number, (batch, payload) in enumerate(zip(batches, payloads, strict=True)):
-            rows = chances[number * len(batch.tasks) :][: len(batch.tasks)]
+            rows = chances[number * len(batch.prompts) :][: len(batch.prompts)]
             weighed.append(
                 dataclasses.replace(
                     batch,

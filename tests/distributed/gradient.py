@@ -65,8 +65,13 @@ def gradient(
         return {"shards": shards(model), "reports": reports}
 
 
-def run_schedule(model: list[Any], step: Any, batches: list[Any], parallel: Any) -> Any:
-    """Megatron's own step around these micro-batches; leaves the finalized gradient in the model's buffers."""
+def run_schedule(
+    model: list[Any], step: Any, batches: list[Any], parallel: Any, shape: tuple[int, int] | None = None
+) -> Any:
+    """Megatron's own step around these micro-batches; leaves the finalized gradient in the model's buffers.
+
+    shape  (micro_batch_size, seq_length) where not all of them are `HybridMicrobatch`es
+    """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
@@ -79,7 +84,7 @@ def run_schedule(model: list[Any], step: Any, batches: list[Any], parallel: Any)
         # With the distributed optimizer each replica keeps a part of the gradient; here all of it is compared.
         chunk.force_all_reduce = True
     iterators = [iter(batches) for _ in model]
-    micro_batch_size, seq_length = schedule_shape([b.student for b in batches], parallel.cp.size)
+    micro_batch_size, seq_length = shape or schedule_shape([b.student for b in batches], parallel.cp.size)
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],

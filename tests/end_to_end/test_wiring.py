@@ -70,7 +70,7 @@ def test_flags_of_the_examples_in_python_exist_and_go_together(parser, monkeypat
     ("script", "trainer", "steps"),
     [
         ("5_from_a_text_corpus.sh", "examples/pretrain_gpt.py", 6),
-        ("smollm2_recovery.sh", "megatron_hybrid.cli.train", 5),
+        ("6_smollm2_recovery.sh", "megatron_hybrid.cli.train", 5),
     ],
 )
 def test_flags_of_the_scripts_exist_and_every_step_reads_what_was_made_before(parser, tmp_path, script, trainer, steps):

@@ -19,7 +19,7 @@ from megatron_hybrid.mcore.head_parts import HeadParts
 from megatron_hybrid.ops.function import HybridLossFunction
 from megatron_hybrid.ops.lm_head_function import LinearHybridLossFunction
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput, TokenStats
+from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput, Prompt, TokenStats
 from megatron_hybrid.returns.weights import make_weigh
 from megatron_hybrid.schedule import forward_step
 from megatron_hybrid.schedule.forward_step import HybridForwardStep, _hybrid_loss
@@ -76,7 +76,7 @@ def micro_batch(
         teacher_input=student,
         sequence_of_token=index,
         position_of_token=index,
-        tasks=("task",) * B,
+        prompts=(Prompt(0, (1,), "", "task"),) * B,
         targets=index,
         weigh=weigh,
         token_scale=torch.ones(N, device=GPU),

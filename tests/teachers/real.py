@@ -79,7 +79,7 @@ def logits_by_row(batches: list[HybridMicrobatch], payloads: list[Any], tp: Any)
         assert isinstance(payload, LogitsPayload)
         shard = payload.logits()
         whole = torch.cat(tuple(gather_ranks(shard, tp.group)), dim=-1)[:, :VOCAB].float()
-        rows += [whole[batch.sequence_of_token == number] for number in range(len(batch.tasks))]
+        rows += [whole[batch.sequence_of_token == number] for number in range(len(batch.prompts))]
     return rows
 
 

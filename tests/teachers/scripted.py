@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput
+from megatron_hybrid.records import HiddenPayload, HybridMicrobatch, ModelInput, Prompt
 
 
 def micro_batch(tasks: Sequence[str], sequence_of_token: Sequence[int], *, first: int = 0) -> HybridMicrobatch:
@@ -20,7 +20,7 @@ def micro_batch(tasks: Sequence[str], sequence_of_token: Sequence[int], *, first
         teacher_input=reads,
         sequence_of_token=torch.tensor(sequence_of_token, dtype=torch.int64),
         position_of_token=rows,
-        tasks=tuple(tasks),
+        prompts=tuple(Prompt(row, (1,), "", task) for row, task in enumerate(tasks)),
         targets=rows + 100,
         weigh=lambda stats: (stats.kl, stats.kl),
         token_scale=rows.float(),

@@ -15,6 +15,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
         ("bench_ops.py", "--vocab"),
         ("bench_rollouts.py", "--never-stop"),
         ("plan_memory.py", "--teacher-load"),
+        ("precompute_teacher.py", "--store"),
         ("preprocess_data.py", "--output-prefix"),
         ("profile_step.py", "profile"),
         ("train_tokenizer.py", "--vocab-size"),

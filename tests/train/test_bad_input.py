@@ -78,6 +78,7 @@ def folder(tmp_path_factory, rank_pool):
     (path / "malformed.jsonl").write_text(good + good + '{"prompt": "w1", "answer": }\n')
     (path / "no_answer.jsonl").write_text(good + '{"prompt": "w1", "solution": "w2"}\n')
     (path / "long.jsonl").write_text(good + '{"prompt": "w1 w2 w3", "answer": "w2"}\n')
+    (path / "shown.jsonl").write_text('{"prompt": "w1", "response": "w2 w3"}\n')
     reordered = make_tokenizer(path / "reordered", WORDS[::-1])
     same = tokenizer_fingerprint(AutoTokenizer.from_pretrained(path / "tokenizer"))
     other = tokenizer_fingerprint(AutoTokenizer.from_pretrained(reordered))
@@ -96,6 +97,14 @@ def folder(tmp_path_factory, rank_pool):
 
 
 REWARD_ONLY = {"hybrid_imitation_weight": 0}
+SHOWN = REWARD_ONLY | {
+    "hybrid_prompts": None,
+    "hybrid_rollouts": "{folder}/shown.jsonl",
+    "hybrid_rollout_correction": "none",
+    "hybrid_baseline": "none",
+    "hybrid_group_size": 1,
+}
+"""Demonstrations, learnt by cross-entropy."""
 CASES = [
     # The method.
     (
@@ -198,7 +207,7 @@ CASES = [
         "no teacher",
         {"hybrid_imitation_weight": 0.5},
         "ConfigError",
-        "imitation_weight is 0.5, but there is no teacher .*-load or --hybrid-teacher-server, or set --hybrid-im",
+        "imitation_weight is 0.5, but there is no teacher .*-load, .*-server or .*-store, or set --hybrid-im",
     ),
     (
         "teacher with other ids",
@@ -305,6 +314,49 @@ CASES = [
         "ConfigError",
         "no --hybrid-prompts",
     ),
+    # Rollouts from a file.
+    (
+        "rollouts beside prompts",
+        {"hybrid_rollouts": "{folder}/shown.jsonl"},
+        "ConfigError",
+        "rollouts is .*shown.jsonl' and prompts .*one of the two would be silently ignored",
+    ),
+    (
+        "log-probs that are not there",
+        SHOWN | {"hybrid_rollout_correction": "token_truncate"},
+        "ConfigError",
+        "shown.jsonl holds no 'logprobs' .*rollout_correction must be 'none' .*got 'token_truncate'",
+    ),
+    (
+        "prefix without log-probs",
+        SHOWN | {"hybrid_prefix_correction": True},
+        "ConfigError",
+        "holds no 'logprobs' .*prefix_correction is on",
+    ),
+    (
+        "demonstrations compared with one another",
+        SHOWN | {"hybrid_baseline": "running_mean"},
+        "ConfigError",
+        "holds no 'reward': .*baseline 'running_mean' compares them .*Use baseline 'none'",
+    ),
+    (
+        "groups of another size",
+        SHOWN | {"hybrid_group_size": 2},
+        "DataError",
+        "1 of 1 groups do not have the 2 responses .*line 1 are 1",
+    ),
+    (
+        "response without room",
+        SHOWN | {"hybrid_max_response_length": 2},
+        "DataError",
+        "shown.jsonl: the group of line 1 is one with a response of more than 2 tokens.*--hybrid-long-prompts drop",
+    ),
+    (
+        "every response without room",
+        SHOWN | {"hybrid_max_response_length": 2, "hybrid_long_prompts": "drop"},
+        "DataError",
+        "no question of .*shown.jsonl can be used: 1 with a response of more than 2 tokens",
+    ),
     # Collections and batches.
     (
         "batch of one",
@@ -405,10 +457,11 @@ def test_a_plain_function_as_forward_step_is_refused(rank_pool, folder):
     "overrides",
     [
         REWARD_ONLY,
+        SHOWN,
         {"hybrid_teacher_load": "{folder}/fitting"},
         REWARD_ONLY | {"hybrid_rollout_server": "http://localhost:9", "hybrid_rollout_sync_interval": 1},
     ],
-    ids=["alone", "teacher", "weights to a server"],
+    ids=["alone", "demonstrations", "teacher", "weights to a server"],
 )
 def test_good_input_reaches_megatron(rank_pool, folder, overrides):
     """Otherwise everything above could be refused for a reason of the test's own."""
