@@ -120,7 +120,7 @@ def test_a_step_of_the_last_stage_stays_on_the_device(dtype, with_teacher, group
     step, loss, head = last_stage(batch, config, dtype)
     assert loss.device == GPU and loss.dtype == torch.float32 and loss.shape == (N,)
 
-    total, count, report = _hybrid_loss(batch.count, loss)
+    total, count, report = _hybrid_loss(batch.count, False, loss)
     assert all(value.device == GPU for value in (total, count, *report.values()))
     # Called directly: autograd's engine wants a real device.
     if config.lm_head == "fused":
