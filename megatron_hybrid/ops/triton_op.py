@@ -56,10 +56,10 @@ class Tiling:
         """For `num_columns` columns that are read or written in each of `num_rows` rows of logits [rows, v/tp]."""
         items = VECTOR_BYTES // max(tensor.element_size() for tensor in logits)
         whole = all(tensor.stride(0) % items == 0 and tensor.shape[1] % items == 0 for tensor in logits)
+        items = items if whole else min(items, FEW_ITEMS)
         tiles = max(1, -(-num_columns // (LANES * items)))
         splits = min(-(-WANTED_PROGRAMS // max(num_rows, 1)), max(tiles // FEWEST_TILES, 1))
         tiles_of_one = -(-tiles // splits)
-        items = items if whole else min(items, FEW_ITEMS)
         return cls(items, items if whole else 1, tiles_of_one, -(-tiles // tiles_of_one))
 
     def constants(self) -> dict[str, int]:

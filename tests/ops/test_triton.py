@@ -79,12 +79,6 @@ def test_a_missing_triton_is_named(monkeypatch):
         vocab_parallel_hybrid_loss(torch.randn(2, 8), None, torch.zeros(2, dtype=torch.long), backend="triton")
 
 
-def test_other_divergences_are_declined():
-    logits, target = torch.randn(2, 2, 8), torch.zeros(2, dtype=torch.long)
-    with pytest.raises(ConfigError, match="'triton' computes the reverse KL only, got divergence 'jsd'"):
-        vocab_parallel_hybrid_loss(*logits, target, backend="triton", divergence="jsd")
-
-
 @pytest.mark.procs
 def test_triton_is_not_imported_before_it_is_chosen():
     code = "import sys, megatron_hybrid.ops.api; sys.exit('megatron_hybrid.ops.triton_kernels' in sys.modules)"

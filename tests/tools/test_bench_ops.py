@@ -84,10 +84,10 @@ def test_from_hidden_states_ours_are_right_and_hold_no_more_for_more_tokens(run:
     for passes in ("two passes", "one pass"):
         row = rows[f"ours, {passes}, compile"]
         assert row["error"] < 1e-5
-        # 48 tokens more, each with a few numbers and 8 of dh in a few copies, where their logits would be 3 * logits
+        # 16 tokens more, each with a few numbers and 8 of dh in a few copies, where their logits would be 3 * logits
         assert row["extra"]["memory_bytes_longer"] - row["memory_bytes"] < 0.5 * logits
     row = rows["head, then ours from logits, compile"]
-    assert row["extra"]["memory_bytes_longer"] - row["memory_bytes"] > 6 * logits  # the test can see logits
+    assert row["extra"]["memory_bytes_longer"] - row["memory_bytes"] > 2.5 * logits  # the test can see logits
 
 
 @pytest.mark.procs
