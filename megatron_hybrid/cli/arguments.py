@@ -16,7 +16,10 @@ _GROUPS = {
     "hybrid servers": "rollout_server|rollout_sync|server_",
     "hybrid use of responses": "rollout_|prefix_|clip_|mini_batches|ppo_epochs",
     "hybrid LM head and op": "backend|lm_head",
-    "hybrid prompts and rewards": "prompts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward",
+    "hybrid prompts and rewards": (
+        "prompts|rollouts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward"
+    ),
+    "hybrid batches of the script's own": "pretraining_",
     "hybrid report": "run_dir|gradient_norms|samples_",
 }
 """Heading of the help to how the names of its settings begin, first match; a setting of none is of the objective."""

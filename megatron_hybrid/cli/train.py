@@ -35,8 +35,8 @@ def main() -> None:
         if not args.hybrid or (args.hybrid_prompts is None and args.hybrid_rollouts is None):
             raise mh.errors.ConfigError(
                 "this program trains on rollouts and has no data of its own: give --hybrid, and --hybrid-prompts or "
-                "--hybrid-rollouts. For a script with data use Megatron's "
-                "pretrain_gpt.py, or put the hybrid step into it as the README shows."
+                "--hybrid-rollouts. For a script with data use Megatron's pretrain_gpt.py, or put the hybrid step into "
+                "it as the README shows."
             )
         model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
         container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)

@@ -30,7 +30,11 @@ OTHER: dict[str, Any] = {
     "student_temperature": 0.7,
     "teacher_temperature": 1.3,
     "teacher_logit_floor": -50.5,
+    "pretraining_microbatches": 2,
+    "pretraining_weight": 0.25,
     "prompts": "reasoning_gym:chain_sum",
+    "rollouts": "written down.parquet",
+    "teacher_store": "/answers",
     "max_prompt_length": 9,
     "long_prompts": "drop",
     "eval_prompts": "held out.jsonl",
@@ -78,6 +82,8 @@ OTHER: dict[str, Any] = {
 
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "pretraining_weight": {"pretraining_microbatches": 1},
+    "teacher_store": {"rollouts": "a.jsonl"},
     "divergence": {"discount": 0.0},
     "teacher_ema_decay": {"teacher_load": "self"},
     "teacher_refresh_interval": {"teacher_load": "self"},

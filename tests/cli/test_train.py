@@ -39,4 +39,4 @@ def test_without_prompts_the_command_says_what_it_needs(flags):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
-    assert "error: this program trains online and has no data of its own: give --hybrid and" in done.stderr
+    assert "error: this program trains on rollouts and has no data of its own: give --hybrid, and" in done.stderr
