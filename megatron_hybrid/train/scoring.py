@@ -5,7 +5,8 @@
 The other stages know no rewards, and need none. A rubric that is bound to the main thread is scored there, at once.
 Scores are made on the CPU and moved by the thread that waits. The breakdown of several rewards travels with their sum;
 of one it would say the same again.
-Collectives: the broadcasts of [1, b] fp32 ([1 + k, b] of k > 1 rewards), pickled, on the thread that waits.
+Collectives, on the thread that waits: along each axis a broadcast of b + 1 numbers in fp32, of k > 1 rewards
+(1 + k) b + 1, the last of which says whether there are scores; where there are none, the error in their place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hybrid.collectives import from_first
@@ -48,8 +50,23 @@ def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelCont
         scored = result.result()
         return torch.stack([scored.rewards, *(scored.breakdown[name] for name in names)])
 
+    def spread() -> Tensor:
+        """The scores, on ranks that have none of their own too."""
+        shape = (1 + len(names), len(rollouts.prompts))
+        sent = torch.zeros(shape[0] * shape[1] + 1, device=rollouts.tokens.device)
+        if result is not None:
+            try:
+                sent[:-1] = scores().flatten()
+            except BaseException:  # raised below, on all ranks
+                sent[-1] = 1
+        for axis in axes:  # along the first axis among those that are first of the second, then along that
+            if axis.size > 1:
+                dist.broadcast(sent, group=axis.group, group_src=0)
+        return from_first(scores, axes) if sent[-1] else sent[:-1].view(shape)
+
     def wait() -> RewardBatch:
-        table = from_first(scores, axes).to(rollouts.tokens.device)
+        table = scores() if all(axis.size == 1 for axis in axes) else spread()
+        table = table.to(rollouts.tokens.device)
         return RewardBatch(table[0], dict(zip(names, table[1:], strict=True)))
 
     return wait
