@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_hybrid.cli.arguments import add_hybrid_args as add_hybrid_args
     from megatron_hybrid.cli.arguments import hybrid_config_from_args as hybrid_config_from_args
     from megatron_hybrid.config import HybridConfig as HybridConfig
-    from megatron_hybrid.config import OnlineConfig as OnlineConfig
+    from megatron_hybrid.online_config import OnlineConfig as OnlineConfig
     from megatron_hybrid.ops.api import HybridLoss as HybridLoss
     from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss as vocab_parallel_hybrid_loss
     from megatron_hybrid.ops.lm_head import linear_hybrid_loss as linear_hybrid_loss
@@ -29,7 +29,7 @@ _HOMES = {
     "HybridConfig": "config",
     "HybridForwardStep": "schedule.forward_step",
     "HybridLoss": "ops.api",
-    "OnlineConfig": "config",
+    "OnlineConfig": "online_config",
     "add_hybrid_args": "cli.arguments",
     "cost_to_go": "returns.returns_to_go",
     "cpu": "runtime.cpu",

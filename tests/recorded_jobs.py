@@ -86,8 +86,9 @@ def rollout_batches(
 
     from transformers import AutoTokenizer
 
-    from megatron_hybrid.config import HybridConfig, OnlineConfig
+    from megatron_hybrid.config import HybridConfig
     from megatron_hybrid.metrics import Metrics
+    from megatron_hybrid.online_config import OnlineConfig
     from megatron_hybrid.prompts.stream import PromptStream
     from megatron_hybrid.prompts.template import PromptTemplate
     from megatron_hybrid.rewards.build import build_rubric

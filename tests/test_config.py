@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_hybrid.config import HybridConfig, OnlineConfig, as_dict
+from megatron_hybrid.config import HybridConfig, as_dict
 from megatron_hybrid.errors import ConfigError, HybridError
+from megatron_hybrid.online_config import OnlineConfig
 
 
 def test_the_defaults_are_the_objective_of_the_paper() -> None:

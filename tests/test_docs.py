@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.metrics import MEANINGS
+from megatron_hybrid.online_config import OnlineConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = (

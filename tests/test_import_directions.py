@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_hybrid"
 TORCH_LEAVES = {"records", "parallel", "collectives", "metrics"}
-LEAVES = {"errors", "annealing", "weighted", "config"} | TORCH_LEAVES
+LEAVES = {"errors", "annealing", "weighted", "config", "online_config"} | TORCH_LEAVES
 ANYTHING = None
 
 
@@ -36,15 +36,16 @@ RULES = {
     "errors": Rule(set(), outside=set()),
     "annealing": Rule({"errors"}, outside=set()),
     "weighted": Rule({"errors"}, outside=set()),
-    "config": Rule({"errors", "annealing", "weighted"}, outside=set()),
+    "config": Rule({"errors", "annealing"}, outside=set()),
+    "online_config": Rule({"errors", "weighted", "config"}, outside=set()),
     **{leaf: Rule({"errors"} | TORCH_LEAVES, outside=TORCH) for leaf in TORCH_LEAVES},
-    "ops": Rule(LEAVES - {"config"}, outside=TORCH, late_outside=frozenset({"triton"})),
+    "ops": Rule(LEAVES - {"config", "online_config"}, outside=TORCH, late_outside=frozenset({"triton"})),
     "ops/triton_kernels": Rule({"ops"}, outside={"triton"}),  # needs it to define kernels; is imported late itself
     "ops/triton_mixture_kernels": Rule({"ops"}, outside={"triton"}),  # the same
     "returns": Rule(LEAVES, outside=TORCH),
     "runtime": Rule(LEAVES, late_outside=frozenset({"megatron"})),
     "mcore": Rule(LEAVES | {"runtime"}, never_at_import=frozenset()),
-    "servers": Rule({"errors", "config"}, outside={"urllib3"}),
+    "servers": Rule({"errors", "online_config"}, outside={"urllib3"}),
     "prompts": Rule(LEAVES),
     "rewards": Rule(LEAVES | {"servers"}),
     "rollouts": Rule(LEAVES | {"servers", "runtime", "mcore"}),
@@ -68,7 +69,7 @@ RULES = {
         }
     ),
     "cli": Rule(
-        {"config", "errors"},
+        {"config", "online_config", "errors"},
         late_rooms=frozenset({"mcore", "train", PACKAGE}),  # its main reads like a user's own script
         never_at_import=frozenset({"megatron", "torch", "transformers"}),
         late_outside=frozenset({"torch", "transformers"}),

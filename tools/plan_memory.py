@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plan_model import Layout, Plan, Step
 from plan_shapes import PRESETS, Shape
 
-from megatron_hybrid.config import LM_HEADS, ROLLOUT_CORRECTIONS, TEACHER_PAYLOADS, HybridConfig, OnlineConfig
+from megatron_hybrid.config import LM_HEADS, ROLLOUT_CORRECTIONS, TEACHER_PAYLOADS, HybridConfig
 from megatron_hybrid.errors import ConfigError, HybridError  # no torch, the configuration neither
+from megatron_hybrid.online_config import OnlineConfig
 
 NUMBERS = ("layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocab")
 

@@ -1,4 +1,4 @@
-"""`--hybrid-*` flags, declared from the fields of the config classes, which read them back (`config.py`)."""
+"""`--hybrid-*` flags, declared from the fields of the config classes, which read them back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.online_config import OnlineConfig
 
 _GROUPS = {
     "hybrid teacher": "teacher_",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_hybrid.config import OnlineConfig
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.rewards.base import BatchReward, Reward
 from megatron_hybrid.rewards.by_source import RewardBySource
 from megatron_hybrid.rewards.exact_match import ExactMatchReward

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_hybrid.config import REWARD_KEY_VARIABLE
+from megatron_hybrid.online_config import REWARD_KEY_VARIABLE
 from megatron_hybrid.records import Prompt
 from megatron_hybrid.servers.json_server import JsonServer
 

@@ -1,6 +1,6 @@
 """The engine that the settings ask for."""
 
-from megatron_hybrid.config import OnlineConfig
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.servers.engine import Engine
 from megatron_hybrid.servers.sglang import SglangEngine
 from megatron_hybrid.servers.vllm import VllmEngine

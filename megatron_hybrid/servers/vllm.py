@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_hybrid.config import SERVER_KEY_VARIABLE
+from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
 from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, is_log_prob, likeliest
 from megatron_hybrid.servers.json_server import JsonServer
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
-from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import Prompt
 from megatron_hybrid.rollouts.recorded import recorded_rollouts

@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.checkpoint.hf_config import megatron_args_to_hf_config
-from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError, DataError
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.prompts.sources import open_sources
 from megatron_hybrid.prompts.stream import PromptStream, too_long
 from megatron_hybrid.prompts.template import PromptTemplate

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.config import HybridConfig, OnlineConfig, as_dict
+from megatron_hybrid.config import HybridConfig, as_dict
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.symbols import borrow, check_megatron
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import injected

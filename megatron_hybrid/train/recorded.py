@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
-from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError, DataError
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.prompts.file_source import FileSource
 from megatron_hybrid.prompts.recorded import read_rollouts, too_long_response
 from megatron_hybrid.prompts.stream import PromptStream

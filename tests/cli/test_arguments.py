@@ -11,8 +11,9 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_hybrid.cli.arguments import add_hybrid_args, hybrid_config_from_args
-from megatron_hybrid.config import HybridConfig, OnlineConfig
+from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.online_config import OnlineConfig
 
 SETTINGS = [(config, f) for config in (HybridConfig, OnlineConfig) for f in fields(config)]
 every_setting = pytest.mark.parametrize(("config", "field"), SETTINGS, ids=[f.name for _, f in SETTINGS])

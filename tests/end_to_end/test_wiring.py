@@ -15,7 +15,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_hybrid.cli.arguments import add_hybrid_args, hybrid_config_from_args
-from megatron_hybrid.config import OnlineConfig
+from megatron_hybrid.online_config import OnlineConfig
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_hybrid.config import OnlineConfig
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.rewards.build import build_rubric
 from tests.http_server import serve
 from tests.rewards.test_rubric import rollouts

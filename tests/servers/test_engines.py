@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_hybrid.config import OnlineConfig
 from megatron_hybrid.errors import ServerError
+from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.servers.build import build_engine
 from megatron_hybrid.servers.engine import Sampling
 from megatron_hybrid.servers.sglang import SglangEngine
