@@ -17,46 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
-from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, is_log_prob, likeliest
-from megatron_hybrid.servers.json_server import JsonServer
+from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, likeliest
+from megatron_hybrid.servers.http_engine import WHOLE_DISTRIBUTION, HttpEngine
 
-_GENERATE = "/generate"
-_WHOLE_DISTRIBUTION = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-"""Said with every request: what is left out is taken from the model's generation_config.json."""
+_WHOLE_DISTRIBUTION = WHOLE_DISTRIBUTION | {"top_k": -1}
 
 
-class SglangEngine:
-    """One server, or a router before several.
+class SglangEngine(HttpEngine):
+    """See `HttpEngine`."""
 
-    Args:
-        url: the server's address.
-        what: what it is to the run, for errors.
-        at_once: requests under way at a time.
-        timeout_s, retries, pause_s: see `JsonServer`.
-    """
-
-    def __init__(
-        self, url: str, what: str, *, at_once: int, timeout_s: float, retries: int, pause_s: float = 1.0
-    ) -> None:
-        self._server = JsonServer(
-            url,
-            what,
-            timeout_s=timeout_s,
-            retries=retries,
-            pause_s=pause_s,
-            key_variable=SERVER_KEY_VARIABLE,
-            connections=at_once,
-        )
-        self._at_once = at_once
+    PATH = "/generate"
 
     def complete(
         self, prompts: Sequence[tuple[Sequence[int], int]], n: int, sampling: Sampling
@@ -69,8 +39,7 @@ class SglangEngine:
             "stop_token_ids": list(sampling.stop_ids),
         }
         bodies = [{"input_ids": list(ids), "sampling_params": how, "return_logprob": True} for ids, _ in prompts]
-        answers = self._server.post_all(_GENERATE, bodies, at_once=self._at_once)
-        return [self._completions(answer, n) for answer in answers]
+        return [self._completions(answer, n) for answer in self._ask(bodies)]
 
     def top_tokens(self, texts: Sequence[tuple[Sequence[int], int]], k: int) -> list[list[TopTokens]]:
         """See `Engine`."""
@@ -80,8 +49,7 @@ class SglangEngine:
             "logprob_start_len": 0,
             "top_logprobs_num": k,
         }
-        bodies = [{**common, "input_ids": list(ids)} for ids, _ in texts]
-        answers = self._server.post_all(_GENERATE, bodies, at_once=self._at_once)
+        answers = self._ask([{**common, "input_ids": list(ids)} for ids, _ in texts])
         return [
             self._positions(answer, first, len(ids), k) for answer, (ids, first) in zip(answers, texts, strict=True)
         ]
@@ -105,29 +73,20 @@ class SglangEngine:
                 )
                 for info in infos
             ]
-            ended = {info["finish_reason"]["type"] for info in infos} <= {"length", "stop"}
+            reasons = {info["finish_reason"]["type"] for info in infos}
         except (KeyError, TypeError, ValueError) as error:
             raise self._server.broken(
-                _GENERATE, f"gives nothing that a rollout can be made of ({error!r})", answer
+                self.PATH, f"gives nothing that a rollout can be made of ({error!r})", answer
             ) from error
-        whole = all(c.token_ids and all(map(is_log_prob, c.log_probs)) for c in found)
-        if len(found) != n or not whole or not ended:
-            raise self._server.broken(
-                _GENERATE, f"should give {n} responses, each ended, with a log-prob for every token", answer
-            )
-        return found
+        return self._whole_completions(found, reasons, n, answer)
 
     def _positions(self, answer: Any, first: int, length: int, k: int) -> list[TopTokens]:
         try:
             tables = answer["meta_info"]["input_top_logprobs"]
             found = [likeliest([(token, log_prob) for log_prob, token, *_ in table], k) for table in tables[first:]]
-            whole = len(tables) == length
+            num_positions = len(tables)
         except (KeyError, TypeError, ValueError) as error:
             raise self._server.broken(
-                _GENERATE, f"gives no input_top_logprobs that can be read ({error!r})", answer
+                self.PATH, f"gives no input_top_logprobs that can be read ({error!r})", answer
             ) from error
-        if not whole or not all(len(top) == k and all(is_log_prob(value) for _, value in top) for top in found):
-            raise self._server.broken(
-                _GENERATE, f"should give the {k} likeliest tokens at each of {length} positions", answer
-            )
-        return found
+        return self._whole_positions(found, num_positions, length, k, answer)

@@ -15,49 +15,20 @@ real model behind it. vLLM itself was not run here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
-from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, is_log_prob, likeliest
-from megatron_hybrid.servers.json_server import JsonServer
+from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, likeliest
+from megatron_hybrid.servers.http_engine import WHOLE_DISTRIBUTION, HttpEngine
 
-_COMPLETIONS = "/v1/completions"
-_WHOLE_DISTRIBUTION = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-"""Said with every request: what is left out is taken from the model's generation_config.json."""
+_WHOLE_DISTRIBUTION = WHOLE_DISTRIBUTION | {"top_k": 0}
 
 
-class VllmEngine:
-    """One server, or a router before several.
+class VllmEngine(HttpEngine):
+    """See `HttpEngine`; its address with or without the /v1."""
 
-    Args:
-        url: without the /v1.
-        what: what it is to the run, for errors.
-        at_once: requests under way at a time.
-        timeout_s, retries, pause_s: see `JsonServer`.
-    """
-
-    def __init__(
-        self, url: str, what: str, *, at_once: int, timeout_s: float, retries: int, pause_s: float = 1.0
-    ) -> None:
-        self._server = JsonServer(
-            url.rstrip("/").removesuffix("/v1"),
-            what,
-            timeout_s=timeout_s,
-            retries=retries,
-            pause_s=pause_s,
-            key_variable=SERVER_KEY_VARIABLE,
-            connections=at_once,
-        )
-        self._at_once = at_once
+    PATH = "/v1/completions"
+    SUFFIX = "/v1"
 
     def complete(
         self, prompts: Sequence[tuple[Sequence[int], int]], n: int, sampling: Sampling
@@ -87,9 +58,6 @@ class VllmEngine:
         self._server.tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         self._server.tell("/reset_prefix_cache")
 
-    def _ask(self, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
-        return self._server.post_all(_COMPLETIONS, bodies, at_once=self._at_once)
-
     def _completions(self, answer: Any, n: int) -> list[Completion]:
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -101,19 +69,14 @@ class VllmEngine:
                 )
                 for choice in choices
             ]
-            ended = {choice["finish_reason"] for choice in choices} <= {"length", "stop"}
+            reasons = {choice["finish_reason"] for choice in choices}
         except (KeyError, TypeError) as error:
             raise self._server.broken(
-                _COMPLETIONS,
+                self.PATH,
                 f"gives no {error}, which a rollout is made of: it takes a vLLM that knows return_token_ids",
                 answer,
             ) from error
-        whole = all(len(c.token_ids) == len(c.log_probs) > 0 and all(map(is_log_prob, c.log_probs)) for c in found)
-        if len(found) != n or not whole or not ended:
-            raise self._server.broken(
-                _COMPLETIONS, f"should give {n} responses, each ended, with a log-prob for every token", answer
-            )
-        return found
+        return self._whole_completions(found, reasons, n, answer)
 
     def _positions(self, answer: Any, first: int, length: int, k: int) -> list[TopTokens]:
         try:
@@ -122,15 +85,11 @@ class VllmEngine:
                 likeliest([(int(token), entry["logprob"]) for token, entry in table.items()], k)
                 for table in tables[first:]
             ]
-            whole = len(tables) == length
+            num_positions = len(tables)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise self._server.broken(
-                _COMPLETIONS,
+                self.PATH,
                 f"gives no prompt_logprobs that can be read ({error!r}), which a teacher is asked for",
                 answer,
             ) from error
-        if not whole or not all(len(top) == k and all(is_log_prob(value) for _, value in top) for top in found):
-            raise self._server.broken(
-                _COMPLETIONS, f"should give the {k} likeliest tokens at each of {length} positions", answer
-            )
-        return found
+        return self._whole_positions(found, num_positions, length, k, answer)

@@ -1,0 +1,76 @@
+"""What the clients of inference engines share: one server, many requests, and answers that are whole or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
+from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob
+from megatron_hybrid.servers.json_server import JsonServer
+
+WHOLE_DISTRIBUTION = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Said with every request: what is left out is taken from the model's generation_config.json."""
+
+
+class HttpEngine:
+    """One server, or a router before several.
+
+    Args:
+        url: the server's address.
+        what: what it is to the run, for errors.
+        at_once: requests under way at a time.
+        timeout_s, retries, pause_s: see `JsonServer`.
+    """
+
+    PATH: ClassVar[str]
+    """Where texts are asked about."""
+    SUFFIX: ClassVar[str] = ""
+    """Of an address, which some write and others do not."""
+
+    def __init__(
+        self, url: str, what: str, *, at_once: int, timeout_s: float, retries: int, pause_s: float = 1.0
+    ) -> None:
+        self._server = JsonServer(
+            url.rstrip("/").removesuffix(self.SUFFIX),
+            what,
+            timeout_s=timeout_s,
+            retries=retries,
+            pause_s=pause_s,
+            key_variable=SERVER_KEY_VARIABLE,
+            connections=at_once,
+        )
+        self._at_once = at_once
+
+    def _ask(self, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return self._server.post_all(self.PATH, bodies, at_once=self._at_once)
+
+    def _whole_completions(
+        self, found: list[Completion], reasons: Collection[str], n: int, answer: Any
+    ) -> list[Completion]:
+        """`found`, of an answer to one prompt; raises ServerError unless these are n responses that have ended."""
+        whole = all(len(c.token_ids) == len(c.log_probs) > 0 and all(map(is_log_prob, c.log_probs)) for c in found)
+        if len(found) != n or not whole or not set(reasons) <= {"length", "stop"}:
+            raise self._server.broken(
+                self.PATH, f"should give {n} responses, each ended, with a log-prob for every token", answer
+            )
+        return found
+
+    def _whole_positions(
+        self, found: list[TopTokens], num_positions: int, length: int, k: int, answer: Any
+    ) -> list[TopTokens]:
+        """`found`, of an answer about one text; raises ServerError unless it has k tokens at each position."""
+        if num_positions != length or not all(
+            len(top) == k and all(is_log_prob(value) for _, value in top) for top in found
+        ):
+            raise self._server.broken(
+                self.PATH, f"should give the {k} likeliest tokens at each of {length} positions", answer
+            )
+        return found
