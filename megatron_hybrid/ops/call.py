@@ -30,6 +30,11 @@ class Shard:
     teacher_floor: float | None
     """Raw teacher logits below this are raised to it."""
 
+    @property
+    def floor(self) -> float:
+        """The same as a number: without a floor, one that nothing lies below."""
+        return -math.inf if self.teacher_floor is None else self.teacher_floor
+
 
 @dataclass(frozen=True)
 class Call:

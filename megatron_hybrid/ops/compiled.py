@@ -150,8 +150,7 @@ def _scalars(shard: Shard, like: Tensor) -> Tensor:
 
     Filled on the device, one by one: a copy from the host would make it wait.
     """
-    floor = -torch.inf if shard.teacher_floor is None else shard.teacher_floor
-    values = (shard.student_scale, shard.teacher_scale / shard.student_scale, shard.teacher_scale, floor)
+    values = (shard.student_scale, shard.teacher_scale / shard.student_scale, shard.teacher_scale, shard.floor)
     return torch.stack([torch.full((), value, dtype=torch.float32, device=like.device) for value in values])
 
 

@@ -104,8 +104,7 @@ def rows_of(student: Tensor, teacher: Tensor | None, out: Tensor, call: Call, po
 
 def scales_of(call: Call) -> _Scales:
     shard = call.shard
-    floor = -float("inf") if shard.teacher_floor is None else shard.teacher_floor
-    return _Scales(shard.student_scale, shard.teacher_scale, shard.teacher_scale / shard.student_scale, floor)
+    return _Scales(shard.student_scale, shard.teacher_scale, shard.teacher_scale / shard.student_scale, shard.floor)
 
 
 def pointer(numbers: Tensor | None) -> ctypes.c_void_p:

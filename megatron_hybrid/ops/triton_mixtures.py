@@ -9,12 +9,11 @@ Tiles, sizes and what is declined: `triton_op.py`.
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from megatron_hybrid.ops import mixtures
 from megatron_hybrid.ops.call import Call
 from megatron_hybrid.ops.divergence import Mixture
-from megatron_hybrid.ops.triton_op import Tiling, check_readable, floor_of
+from megatron_hybrid.ops.triton_op import Tiling, check_readable, run_gradient
 
 
 def shard_sums(student: Tensor, teacher: Tensor, call: Call, mixture: Mixture, numbers: Tensor) -> Tensor:
@@ -52,36 +51,13 @@ def shard_gradient(
     check_readable(student, teacher, out)
     from megatron_hybrid.ops import triton_mixture_kernels as kernels
 
-    shard, (num_rows, num_columns) = call.shard, out.shape
-    tiling = Tiling.of(num_rows, num_columns, student, teacher, out)
-    if num_rows == 0:
-        return
-    of_gradient = {name: value for name, value in letters(mixture).items() if name != "teacher_term"}
-    with torch.cuda.device_of(student):
-        kernels.mixture_gradient_kernel[(num_rows, tiling.splits)](
-            student,
-            teacher,
-            out,
-            call.target,
-            call.positions(num_rows),
-            coefficients,
-            tiling.stride(student),
-            tiling.stride(teacher),
-            tiling.stride(out),
-            shard.first,
-            shard.width,
-            num_columns,
-            tiling.tiles,
-            *_scales(call),
-            **of_gradient,
-            **tiling.constants(),
-        )
-    increment_version(out)  # a kernel writes behind autograd's back; whoever saved the student must be told
+    own = {name: value for name, value in letters(mixture).items() if name != "teacher_term"}
+    run_gradient(kernels.mixture_gradient_kernel, student, teacher, call, coefficients, out, *_scales(call), **own)
 
 
 def _scales(call: Call) -> tuple[float, float, float, float]:
     shard = call.shard
-    return shard.student_scale, shard.teacher_scale, shard.teacher_scale / shard.student_scale, floor_of(shard)
+    return shard.student_scale, shard.teacher_scale, shard.teacher_scale / shard.student_scale, shard.floor
 
 
 def letters(mixture: Mixture) -> dict[str, float | None]:

@@ -12,13 +12,14 @@ multiprocessor, where bandwidth times latency asks for about 20 KB on an H100. T
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.ops.call import Call, Shard
+from megatron_hybrid.ops.call import Call
 from megatron_hybrid.ops.eager import NUM_STATS
 
 VECTOR_BYTES = 16
@@ -98,7 +99,7 @@ def shard_stats(student: Tensor, teacher: Tensor | None, call: Call) -> Tensor:
             shard.width,
             tiling.tiles,
             *scales,
-            floor_of(shard),
+            shard.floor,
             **tiling.constants(),
         )
         if tiling.splits > 1:
@@ -112,12 +113,31 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
     check_readable(student, teacher, out)
     from megatron_hybrid.ops import triton_kernels as kernels
 
-    shard, (num_rows, num_columns) = call.shard, out.shape
+    shard = call.shard
+    scales = (shard.student_scale, shard.teacher_scale / shard.student_scale)
+    run_gradient(kernels.gradient_kernel, student, teacher, call, coefficients, out, *scales, shard.floor)
+
+
+def run_gradient(
+    kernel: Any,
+    student: Tensor,
+    teacher: Tensor | None,
+    call: Call,
+    coefficients: Tensor,
+    out: Tensor,
+    *numbers: float,
+    **letters: float | None,
+) -> None:
+    """Fills `out` by a kernel over [all rows, splits].
+
+    numbers, letters  what the kernel takes besides rows, strides and tiles: scales and floor; of a mixture its own
+    """
+    num_rows, num_columns = out.shape
     tiling = Tiling.of(num_rows, num_columns, *_given(student, teacher, out))
     if num_rows == 0:
         return
-    with torch.cuda.device_of(student):
-        kernels.gradient_kernel[(num_rows, tiling.splits)](
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        kernel[(num_rows, tiling.splits)](
             student,
             teacher,
             out,
@@ -127,13 +147,12 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
             tiling.stride(student),
             tiling.stride(teacher),
             tiling.stride(out),
-            shard.first,
-            shard.width,
+            call.shard.first,
+            call.shard.width,
             num_columns,
             tiling.tiles,
-            shard.student_scale,
-            shard.teacher_scale / shard.student_scale,
-            floor_of(shard),
+            *numbers,
+            **letters,
             **tiling.constants(),
         )
     increment_version(out)  # a kernel writes behind autograd's back; whoever saved the student must be told
@@ -141,11 +160,6 @@ def shard_gradient(student: Tensor, teacher: Tensor | None, call: Call, coeffici
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def floor_of(shard: Shard) -> float:
-    """Below which teacher logits are raised; no floor is one that nothing lies below."""
-    return -float("inf") if shard.teacher_floor is None else shard.teacher_floor
 
 
 def check_readable(*logits: Tensor | None) -> None:
