@@ -11,7 +11,6 @@ megatron_hybrid/teachers/store.py.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -35,28 +34,23 @@ def main() -> None:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         add_arguments(parser).print_help()
         return
-    from megatron_hybrid.cli.train import SINGLE_PROCESS
+    from megatron_hybrid.cli import program
 
-    if "RANK" not in os.environ:  # started by hand, not by a launcher
-        os.environ.update({name: os.environ.get(name, value) for name, value in SINGLE_PROCESS.items()})
+    program.run(work_out, add_arguments)
+
+
+def work_out(args: argparse.Namespace) -> None:
+    """The store that the arguments ask for."""
     import torch.distributed as dist
 
-    import megatron_hybrid as mh
-    from megatron_hybrid.errors import HybridError
-    from megatron_hybrid.mcore.symbols import borrow, check_apex
+    from megatron_hybrid.mcore.symbols import borrow
     from megatron_hybrid.train.precompute import precompute, prepare_store
 
-    try:
-        check_apex()  # before Megatron imports it
-        mh.cpu.enable()
-        args = borrow("megatron.training.arguments", "parse_and_validate_args")(add_arguments)
-        prepared = prepare_store(args, args.store)
-        borrow("megatron.training.training", "initialize_megatron")()
-        precompute(prepared, args, args.store, lambda line: print(line, flush=True))
-        dist.barrier()
-        dist.destroy_process_group()
-    except HybridError as error:
-        sys.exit(f"error: {error}")
+    prepared = prepare_store(args, args.store)
+    borrow("megatron.training.training", "initialize_megatron")()
+    precompute(prepared, args, args.store, lambda line: print(line, flush=True))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

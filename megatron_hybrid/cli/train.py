@@ -8,46 +8,39 @@ checkpoints; `--hybrid-*` flags the method, prompts and teacher. On a machine wi
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
+from megatron_hybrid.cli import program
 from megatron_hybrid.cli.arguments import add_hybrid_args
-
-SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def main() -> None:
     """Parses, checks, trains; a mistake in settings or data ends with one sentence and status 1."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         show_help()
-        return
-    if "RANK" not in os.environ:  # started by hand, not by a launcher
-        os.environ.update({name: os.environ.get(name, value) for name, value in SINGLE_PROCESS.items()})
+    else:
+        program.run(train, add_hybrid_args)
 
+
+def train(args: argparse.Namespace) -> None:
+    """An online run.
+
+    Raises:
+        ConfigError: nothing is said of rollouts.
+    """
     import megatron_hybrid as mh
-    from megatron_hybrid.errors import HybridError
-    from megatron_hybrid.mcore.symbols import borrow, check_apex, mismatch
+    from megatron_hybrid.mcore.symbols import borrow
 
-    try:
-        check_apex()  # before Megatron imports it
-        mh.cpu.enable()
-        args = borrow("megatron.training.arguments", "parse_and_validate_args")(mh.add_hybrid_args)
-        if not args.hybrid or (args.hybrid_prompts is None and args.hybrid_rollouts is None):
-            raise mh.errors.ConfigError(
-                "this program trains on rollouts and has no data of its own: give --hybrid, and --hybrid-prompts or "
-                "--hybrid-rollouts. For a script with data use Megatron's pretrain_gpt.py, or put the hybrid step into "
-                "it as the README shows."
-            )
-        model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
-        container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)
-        model_type = borrow("megatron.core.enums", "ModelType").encoder_or_decoder
-        mh.pretrain_hybrid(container, None, model_type, mh.HybridForwardStep())
-    except HybridError as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "megatron":
-            raise
-        sys.exit(f"error: {mismatch(error.name or 'megatron', error)}")
+    if not args.hybrid or (args.hybrid_prompts is None and args.hybrid_rollouts is None):
+        raise mh.errors.ConfigError(
+            "this program trains on rollouts and has no data of its own: give --hybrid, and --hybrid-prompts or "
+            "--hybrid-rollouts. For a script with data use Megatron's pretrain_gpt.py, or put the hybrid step into "
+            "it as the README shows."
+        )
+    model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
+    container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)
+    model_type = borrow("megatron.core.enums", "ModelType").encoder_or_decoder
+    mh.pretrain_hybrid(container, None, model_type, mh.HybridForwardStep())
 
 
 def show_help() -> None:

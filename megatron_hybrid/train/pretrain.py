@@ -239,6 +239,11 @@ def _build_teachers(
 
     config, online = prepared.config, prepared.online
     vocab_size = len(prepared.tokenizer)
+    if prepared.teacher_store is not None:
+        return Teachers(StoredTeacher(prepared.teacher_store, is_last_stage=parallel.is_last_stage), None)
+    if online.teacher_server is not None:
+        engine = build_engine(online.teacher_server, "the teacher server", online)
+        return Teachers(RemoteTeacher(engine, config.teacher_topk, vocab_size, parallel), None)
     copies: list[SnapshotTeacher] = []
 
     def load(source: str) -> Teacher:
@@ -251,11 +256,6 @@ def _build_teachers(
         )
         return copies[0]
 
-    if prepared.teacher_store is not None:
-        return Teachers(StoredTeacher(prepared.teacher_store, is_last_stage=parallel.is_last_stage), None)
-    if online.teacher_server is not None:
-        engine = build_engine(online.teacher_server, "the teacher server", online)
-        return Teachers(RemoteTeacher(engine, config.teacher_topk, vocab_size, parallel), None)
     teacher: Teacher | None = forward_step.teacher
     if teacher is None and prepared.teachers is not None:
         teacher = build_teacher(
