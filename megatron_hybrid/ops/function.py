@@ -200,14 +200,6 @@ def weighted(measured: Measured, imitation: Tensor, advantage: Tensor) -> tuple[
     return loss, torch.where(divergence == torch.inf, 0.0, imitation)  # an infinite divergence has no gradient
 
 
-def end_forward(ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The outputs, of which only the first, the loss, has a gradient."""
-    ctx.spent = False
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*outputs[1:])
-    return outputs
-
-
 def begin_backward(ctx: Any, *, inplace: bool) -> tuple[Tensor, tuple[Any, ...]]:
     """Where the gradient goes, and what was saved: the student logits first.
 
@@ -252,7 +244,11 @@ class HybridLossFunction(torch.autograd.Function):
         loss, dense = weighted(measured, imitation, advantage)
         ctx.plan = plan
         ctx.save_for_backward(student_logits, teacher_logits, dense, advantage, *measured.numbers)
-        return end_forward(ctx, (call.restored(loss), *vars(stats).values(), call.restored(measured.divergence)))
+        ctx.spent = False
+        ctx.set_materialize_grads(False)
+        outputs = (call.restored(loss), *vars(stats).values(), call.restored(measured.divergence))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
     @once_differentiable

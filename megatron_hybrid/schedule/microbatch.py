@@ -18,9 +18,8 @@ from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, TokenStats, 
 from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.schedule.normalise import normaliser
 
-CreditFor = Callable[[slice, Tensor, Tensor], Weigh]
-"""(rows of the batch, row of each token [n], position of each token [n]) to the credit of those tokens; rows count from
-the start of the micro-batch, positions from that of the sequence. The tokens are those of this rank."""
+CreditFor = Callable[[slice, HybridMicrobatch], Weigh]
+"""(rows of the batch, the micro-batch made of them) to the credit of its tokens on this rank."""
 
 
 def imitation_alone(stats: TokenStats) -> tuple[Tensor, Tensor]:
@@ -33,8 +32,7 @@ def credited(batches: Sequence[HybridMicrobatch], credit_for: CreditFor) -> list
     done, first = [], 0
     for batch in batches:
         rows = slice(first, first + len(batch.prompts))
-        weigh = credit_for(rows, batch.sequence_of_token, batch.position_of_token)
-        done.append(replace(batch, weigh=weigh))
+        done.append(replace(batch, weigh=credit_for(rows, batch)))
         first = rows.stop
     return done
 

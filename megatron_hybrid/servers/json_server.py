@@ -79,15 +79,11 @@ class JsonServer:
         Raises:
             ServerError: nobody answers, the answer has another status than 2xx, or is no JSON.
         """
-        return self._json(path, *self._exchange("POST", path, body))
+        return self._json(path, *self._exchange(path, body))
 
     def tell(self, path: str, body: Mapping[str, Any] | None = None) -> None:
         """As `post`, for an order: the answer says nothing but that it was done. Status 500 says that it was not."""
-        self._require_done(path, *self._exchange("POST", path, body, _BUSY_WITH_ORDERS), _BUSY_WITH_ORDERS)
-
-    def get(self, path: str) -> Any:
-        """As `post`, without a body."""
-        return self._json(path, *self._exchange("GET", path, None))
+        self._require_done(path, *self._exchange(path, body, _BUSY_WITH_ORDERS), _BUSY_WITH_ORDERS)
 
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]], *, at_once: int) -> list[Any]:
         """The answers to many bodies, in their order, some asked at a time; the first error ends the waiting."""
@@ -97,14 +93,12 @@ class JsonServer:
         """The error of an answer that came and cannot be used."""
         return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {str(answer)[:_SHOWN]}")
 
-    def _exchange(
-        self, method: str, path: str, body: Mapping[str, Any] | None, busy: frozenset[int] = _BUSY
-    ) -> tuple[int, str]:
+    def _exchange(self, path: str, body: Mapping[str, Any] | None, busy: frozenset[int] = _BUSY) -> tuple[int, str]:
         try:
             # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
             data = None if body is None else json.dumps(body)
             retries = self._retry.new(status_forcelist=busy)
-            answer = self._pool.request(method, self.url + path, body=data, retries=retries)
+            answer = self._pool.request("POST", self.url + path, body=data, retries=retries)
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerError(

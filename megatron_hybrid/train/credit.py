@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.records import RolloutBatch, Weigh
+from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, Weigh
 from megatron_hybrid.returns.baselines import reward_advantages
 from megatron_hybrid.returns.corrections import Correction
 from megatron_hybrid.returns.reward_statistics import RunningMean
@@ -80,20 +80,20 @@ class Credit:
         """The credit of the tokens of each micro-batch, at the weights and discount of this step."""
         config, rollouts, advantages = self.config.at(step), scored.rollouts, scored.advantages
         assert advantages is not None, "collected() comes first"
-        correction, log_probs = Correction.from_config(config), rollouts.sampled_logprobs
+        correction = Correction.from_config(config)
 
-        def credit_for(rows: slice, sequence: Tensor, column: Tensor) -> Weigh:
+        def credit_for(rows: slice, batch: HybridMicrobatch) -> Weigh:
             return make_weigh(
                 reward_advantage=advantages[rows],
-                row_of_token=sequence,
-                position_of_token=column,
+                row_of_token=batch.sequence_of_token,
+                position_of_token=batch.position_of_token,
                 num_positions=rollouts.tokens.shape[1],
                 discount=config.discount,
                 future_cost=config.future_cost,
                 reward_weight=config.reward_weight,
                 imitation_weight=config.imitation_weight,
                 group_id=rollouts.group_id[rows] if config.cost_baseline == "group" else None,
-                sampled_logprobs=None if log_probs is None else log_probs[rows][sequence, column],
+                sampled_logprobs=batch.sampled_logprobs,
                 correction=correction,
                 cp_group=self.parallel.cp.group,
                 metrics=metrics,

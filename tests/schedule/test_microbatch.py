@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats
 from megatron_hybrid.schedule.microbatch import credited, microbatches
@@ -41,8 +40,8 @@ def rollouts() -> RolloutBatch:
 def cut(batch: RolloutBatch, size: int, aggregation: str = "seq-mean-token-sum") -> list[HybridMicrobatch]:
     """Micro-batches whose credit is where it was asked for: row of the batch and column of each token."""
 
-    def credit_for(rows: slice, sequence: Tensor, column: Tensor):
-        return lambda stats: (rows.start + sequence.float(), column.float())
+    def credit_for(rows: slice, batch: HybridMicrobatch):
+        return lambda stats: (rows.start + batch.sequence_of_token.float(), batch.position_of_token.float())
 
     return credited(microbatches(batch, micro_batch_size=size, aggregation=aggregation), credit_for)
 

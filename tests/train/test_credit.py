@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,8 +38,12 @@ def scored() -> Scored:
 def weights(config: HybridConfig, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Imitation weight and advantage of the four tokens, on-policy."""
     credit = Credit(config, ParallelContext())
-    sequence, column = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 1, 2])
-    weigh = credit.credit_for(credit.collected(scored()), step=step, metrics=Metrics())(slice(0, 2), sequence, column)
+    tokens: Any = SimpleNamespace(
+        sequence_of_token=torch.tensor([0, 0, 1, 1]),
+        position_of_token=torch.tensor([1, 2, 1, 2]),
+        sampled_logprobs=torch.full((4,), -1.0),
+    )
+    weigh = credit.credit_for(credit.collected(scored()), step=step, metrics=Metrics())(slice(0, 2), tokens)
     return weigh(TokenStats(KL, torch.full((4,), -1.0), torch.full((4,), -1.5), KL))
 
 
