@@ -42,8 +42,8 @@ class RankPool:
     """`size` local processes, kept alive for many jobs, ended by `close`, by leaving `with`, or with their parent.
 
     size        ranks
-    init        True: one gloo process group for the life of the pool, made before the first job. False: the job makes
-                its own (as Megatron's `initialize_megatron` does), and what it leaves is destroyed after it
+    init        True: a job finds a gloo process group of all ranks. False: it makes its own (as Megatron's
+                `initialize_megatron` does). All groups are destroyed after the job: idle ones cost threads that poll
     timeout_s   seconds a job may take; also the timeout of the pool's collectives
 
     After each job Megatron's global state (parallel state, arguments, micro-batch calculator) is destroyed where a job
@@ -61,12 +61,11 @@ class RankPool:
         pipes = [spawn.Pipe() for _ in range(size)]
         # A pipe of its own for each rank's stacks: written to one stderr at once they come out interleaved.
         stacks = [spawn.Pipe(duplex=False) for _ in range(size)]
-        port = free_port()
         # Not daemons: Megatron's checkpoint writer starts processes of its own, which daemons may not.
         self._processes = [
             spawn.Process(
                 target=_serve,
-                args=(theirs, write_stacks, rank, size, port, init, timeout_s),
+                args=(theirs, write_stacks, rank, size, init, timeout_s),
                 name=f"rank-{rank}-of-{size}",
             )
             for rank, ((_, theirs), (_, write_stacks)) in enumerate(zip(pipes, stacks, strict=True))
@@ -219,26 +218,25 @@ def _read_all(stacks: Connection) -> str:
     return text.decode(errors="replace")
 
 
-def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, port: int, init: bool, timeout_s: float) -> None:
+def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, init: bool, timeout_s: float) -> None:
     """A rank's life: start, then answer jobs with (result, error) until the pipe ends."""
     # A group of its own: what a job has started (Megatron's checkpoint writer keeps a helper) ends with the rank.
     os.setpgid(0, 0)
     faulthandler.register(signal.SIGUSR1, file=stacks.fileno())  # the parent asks for them when a job hangs
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)}
+    os.environ["MASTER_ADDR"] = _LOOPBACK
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve to an address of its own
-    pipe.send_bytes(_outcome(_start, init, timeout_s))
+    pipe.send_bytes(_outcome(_start))
     while True:
         try:
             port, path, job = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):  # closed by the parent, or reset where it did not read this rank's last answer
             return
         sys.path.extend(entry for entry in path if entry not in sys.path)
-        if not init:
-            os.environ["MASTER_PORT"] = str(port)  # a new group's store must not meet the last one's on its port
-        answer = _outcome(_do, job, init)
+        os.environ["MASTER_PORT"] = str(port)  # a new group's store must not meet the last one's on its port
+        answer = _outcome(_do, job, timeout_s if init else None)
         sys.stdout.flush()  # into a pipe or file Python writes it at exit only: a job's words come before its result
         pipe.send_bytes(answer)
 
@@ -262,23 +260,23 @@ def _outcome(function: Callable[..., Any], *args: Any) -> bytes:
         return pickle.dumps((None, sendable(error, note)))
 
 
-def _start(init: bool, timeout_s: float) -> None:
+def _start() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if init:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
 
 
-def _do(job: bytes, init: bool) -> Any:
+def _do(job: bytes, group_timeout_s: float | None) -> Any:
+    """The job's result; group_timeout_s: of the group that it finds, None: it finds none."""
+    import torch.distributed as dist
+
     function, args, kwargs = pickle.loads(job)
+    if group_timeout_s is not None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=group_timeout_s))
     result = function(*args, **kwargs)
     _forget_megatron()
-    if not init:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return result
 
 
