@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,13 +95,13 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[bool, RankPool]]:
-    """Two ranks each, by `init`."""
-    with RankPool(2) as with_group, RankPool(2, init=False) as without:
-        yield {True: with_group, False: without}
+def pools(rank_pool: Callable[..., Any]) -> Iterator[dict[bool, Any]]:
+    """Two ranks each, by `init`: a pool that makes a group for its life, and that of the session, which makes none."""
+    with RankPool(2) as with_group:
+        yield {True: with_group, False: rank_pool(2, init=False)}
 
 
-def test_a_job_finds_what_torchrun_would_set(pools: dict[bool, RankPool]) -> None:
+def test_a_job_finds_what_torchrun_would_set(pools: dict[bool, Any]) -> None:
     for rank, seen in enumerate(pools[True].run(environment)):
         assert seen["RANK"] == seen["LOCAL_RANK"] == str(rank)
         assert seen["WORLD_SIZE"] == seen["LOCAL_WORLD_SIZE"] == "2"
@@ -109,12 +110,12 @@ def test_a_job_finds_what_torchrun_would_set(pools: dict[bool, RankPool]) -> Non
         assert seen["OMP_NUM_THREADS"] == "1"
 
 
-def test_results_come_by_value_in_rank_order_through_one_gloo_group(pools: dict[bool, RankPool]) -> None:
+def test_results_come_by_value_in_rank_order_through_one_gloo_group(pools: dict[bool, Any]) -> None:
     # ranks 0 and 1, each 10 * (rank + 3): 30 + 40
     assert [int(total) for total in pools[True].run(summed_rank, 3, scale=10)] == [70, 70]
 
 
-def test_the_same_processes_serve_every_job(pools: dict[bool, RankPool]) -> None:
+def test_the_same_processes_serve_every_job(pools: dict[bool, Any]) -> None:
     first = pools[True].run(process_id)
     assert pools[True].run(process_id) == first
     assert len({os.getpid(), *first}) == 3
@@ -171,14 +172,14 @@ def test_a_rank_killed_between_jobs_is_named_by_the_next_one() -> None:
             pool.run(process_id)
 
 
-def test_jobs_may_make_their_own_group_one_after_another(pools: dict[bool, RankPool]) -> None:
+def test_jobs_may_make_their_own_group_one_after_another(pools: dict[bool, Any]) -> None:
     first, second = (pools[False].run(make_own_group) for _ in range(2))
     assert [(had, total) for had, _, total in first + second] == [(False, 2)] * 4
     assert first[0][1] != second[0][1], "a fresh port each time: the last group's store may still hold its own"
 
 
 @pytest.mark.parametrize("init", [True, False])
-def test_megatron_starts_fresh_in_every_job(pools: dict[bool, RankPool], init: bool) -> None:
+def test_megatron_starts_fresh_in_every_job(pools: dict[bool, Any], init: bool) -> None:
     assert pools[init].run(initialise_megatron, 2) == [(False, 2)] * 2
     assert pools[init].run(initialise_megatron, 1) == [(False, 1)] * 2
 
