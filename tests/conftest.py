@@ -1,6 +1,6 @@
-"""What every test gets: fixed seeds, and pools of ranks that live as long as the session.
+"""What every test gets: fixed seeds, and ranks that live as long as the session.
 
-A pool costs 8 s of CPU and 0.75 GB per rank, so tests of one size share it:
+A rank costs 8 s of CPU and 0.75 GB, so tests of one size share them:
 
     def test_two_ranks_agree(rank_pool):
         first, second = rank_pool(2).run(job)          # a gloo group is there
@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from megatron_hybrid.runtime.spawn import RankPool
+from tests.ranks import TIMEOUT_S, Ranks
 
 _MOST_RANKS = 8
-"""Ranks alive at once, over all pools: 8 take 6 GB, and two cores are slow to start more anyway."""
+"""Ranks alive at once, over all pools: 8 take 6 GB. Pools of 1, 2 and 4 fit together and live to the end."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,20 +46,20 @@ def _patches_undone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def rank_pool() -> Iterator[Callable[..., RankPool]]:
-    """`rank_pool(size, init=True)`: a living pool, made on first use, made anew after a job that failed."""
-    pools: dict[tuple[int, bool], RankPool] = {}
+def rank_pool() -> Iterator[Callable[..., Ranks]]:
+    """`rank_pool(size, init=True)`: living ranks, started on first use and anew after a job that failed."""
+    pools: dict[int, RankPool] = {}
 
-    def get(size: int, *, init: bool = True) -> RankPool:
-        pool = pools.pop((size, init), None)
+    def get(size: int, *, init: bool = True) -> Ranks:
+        pool = pools.pop(size, None)
         if pool is None or not pool.alive:
             for kept in {key: kept for key, kept in pools.items() if not kept.alive}:
                 del pools[kept]
-            while pools and size + sum(kept.size for kept in pools.values()) > _MOST_RANKS:
+            while pools and size + sum(pools) > _MOST_RANKS:
                 pools.pop(next(iter(pools))).close()  # the one that was used longest ago
-            pool = RankPool(size, init=init, timeout_s=240)  # below pytest's own limit: its message says more
-        pools[size, init] = pool
-        return pool
+            pool = RankPool(size, init=False, timeout_s=TIMEOUT_S)
+        pools[size] = pool
+        return Ranks(pool, init)
 
     yield get
     for pool in pools.values():

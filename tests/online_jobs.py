@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.tiny import megatron
 
@@ -50,10 +51,11 @@ def make_prompts(path: Path, words: list[str] = WORDS) -> Path:
     return path
 
 
-def run(folder: str, overrides: dict[str, Any], data: Any = None) -> str:
+def run(folder: str, overrides: dict[str, Any], data: Any = None, *, plots: bool = False) -> str:
     """One online run; returns what Megatron and the report printed on this rank.
 
-    data  from Megatron's arguments to the script's own (dataset provider, get_batch); None: they must not be asked
+    data   from Megatron's arguments to the script's own (dataset provider, get_batch); None: they must not be asked
+    plots  drawn at the end, which takes longer than a short run
     """
     flags = ONLINE | {
         "tokenizer_model": f"{folder}/tokenizer",
@@ -61,7 +63,11 @@ def run(folder: str, overrides: dict[str, Any], data: Any = None) -> str:
         "hybrid_run_dir": f"{folder}/run",
     }
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), megatron(quiet=False, **(flags | overrides)) as args:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        if not plots:
+            stack.enter_context(mock.patch("megatron_hybrid.train.plots.draw", lambda run_dir: []))
+        args = stack.enter_context(megatron(quiet=False, **(flags | overrides)))
         from megatron.core.enums import ModelType
         from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 

@@ -176,11 +176,11 @@ def fill_store(folder: str, store: str, flags: dict[str, Any]) -> list[str]:
 
 
 def refused(job: Any, *args: Any) -> str:
-    """What a job was refused with before Megatron started; a pool does not survive an error that leaves a job."""
+    """Kind and words of our error that ended a job; one that leaves a job would cost the pool its ranks."""
     from megatron_hybrid.errors import HybridError
 
     try:
         job(*args)
     except HybridError as error:
-        return str(error)
+        return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from megatron_hybrid.errors import HybridError
 from megatron_hybrid.metrics import MAX_SLOTS, Metrics
-from megatron_hybrid.runtime.spawn import RankPool
+from tests.ranks import Ranks
 
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 
 
 def test_each_kind_by_hand():

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_hybrid.ops.lm_head import linear_hybrid_loss
-from megatron_hybrid.runtime.spawn import RankPool
 from tests.ops.lm_head_problem import Problem, assert_close, judged, problem
+from tests.ranks import Ranks
 
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"student_temperature": 0.7, "vocab_size": 43, "logit_softcap": 3.0, "logit_scale": 1.5},

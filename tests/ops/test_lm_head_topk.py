@@ -13,9 +13,9 @@ from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.ops.lm_head import linear_hybrid_loss
 from megatron_hybrid.ops.topk import vocab_parallel_topk_hybrid_loss
 from megatron_hybrid.records import TopKPayload
-from megatron_hybrid.runtime.spawn import RankPool
 from tests.ops.lm_head_problem import Problem, assert_close, problem
 from tests.ops.topk_cases import coarse_loss
+from tests.ranks import Ranks
 
 V = 43
 OPTIONS = {"vocab_size": V, "student_temperature": 0.7, "logit_scale": 1.5}
@@ -73,7 +73,7 @@ def test_loss_and_both_gradients_are_those_of_float64_autograd(chunk_size: int, 
 @MODES
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_vocabulary_shards_give_the_whole_heads_loss_and_gradients(
-    rank_pool: Callable[..., RankPool], ranks: int, one_pass: bool
+    rank_pool: Callable[..., Ranks], ranks: int, one_pass: bool
 ):
     p = problem()
     shards = rank_pool(ranks).run(run_shard, p, top_k(p), one_pass)

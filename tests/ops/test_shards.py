@@ -13,11 +13,11 @@ from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.ops.divergence import DIVERGENCES
 from megatron_hybrid.ops.reference import reference_hybrid_loss
-from megatron_hybrid.runtime.spawn import RankPool
 from tests.ops.vectors import assert_close_to, judged, load_cases, outputs_of
+from tests.ranks import Ranks
 
 Case = dict[str, Any]
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 
 
 def extra_cases() -> dict[str, Case]:

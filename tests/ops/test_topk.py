@@ -7,7 +7,6 @@ import torch
 
 from megatron_hybrid.ops import eager
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
-from megatron_hybrid.runtime.spawn import RankPool
 from tests.ops.topk_cases import (
     OUTPUTS,
     assert_as_judged,
@@ -19,8 +18,9 @@ from tests.ops.topk_cases import (
     run_shards,
     some_cases,
 )
+from tests.ranks import Ranks
 
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 
 
 # Against the judges

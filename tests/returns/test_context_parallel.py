@@ -15,10 +15,10 @@ from megatron_hybrid.records import TokenStats
 from megatron_hybrid.returns.corrections import Correction, finish_metrics
 from megatron_hybrid.returns.returns_to_go import cost_to_go
 from megatron_hybrid.returns.weights import make_weigh
-from megatron_hybrid.runtime.spawn import RankPool
+from tests.ranks import Ranks
 from tests.returns.zigzag import positions_of
 
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 LENGTH, ROWS = 16, 4
 Job = dict[str, Any]
 

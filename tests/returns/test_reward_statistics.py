@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.returns.baselines import reward_advantages
 from megatron_hybrid.returns.reward_statistics import RunningMean, batch_statistics
-from megatron_hybrid.runtime.spawn import RankPool
+from tests.ranks import Ranks
 
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 REWARDS = torch.tensor([0.1, 1e15, -0.7, 3.3, 1e-5, -1e15, 0.2, 0.9])
 """So far apart that even fp64 sums depend on their order."""
 

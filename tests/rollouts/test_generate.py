@@ -104,9 +104,22 @@ def job(overrides: dict[str, Any], batch_size: int = 16, stop: tuple[int, ...] =
         }
 
 
+@pytest.fixture(scope="module")
+def sampled(rank_pool):
+    """What each rank of a layout has from `job`, which is run once."""
+    known: dict[str, list[dict[str, Any]]] = {}
+
+    def of(size: int, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+        if repr(overrides) not in known:
+            known[repr(overrides)] = rank_pool(size, init=False).run(job, overrides)
+        return known[repr(overrides)]
+
+    return of
+
+
 @pytest.mark.parametrize(("size", "overrides"), [*LAYOUTS, *OTHER_MODELS])
-def test_cached_decoding_gives_the_log_probs_of_a_full_forward(rank_pool, size, overrides):
-    last = rank_pool(size, init=False).run(job, overrides)[-1]
+def test_cached_decoding_gives_the_log_probs_of_a_full_forward(sampled, size, overrides):
+    last = sampled(size, overrides)[-1]
     mask = last["mask"]
     assert mask.any(dim=1).all()
     # fp32 attention over a cache and over the whole sequence sum in another order: 1e-6 relative to logits of order 10.
@@ -163,11 +176,16 @@ def batches(how: str) -> dict[str, Any]:
         }
 
 
+@pytest.fixture(scope="module")
+def usual(rank_pool) -> dict[str, Any]:
+    return rank_pool(1, init=False).run(batches, "usual")[0]
+
+
 @pytest.mark.parametrize(
     "how", ["nobody leaves", "everybody leaves at once", "prompts start together", "prompts alone"]
 )
-def test_a_response_does_not_depend_on_the_batch_it_was_decoded_in(rank_pool, how):
-    usual, other = (rank_pool(1, init=False).run(batches, kind)[0] for kind in ("usual", how))
+def test_a_response_does_not_depend_on_the_batch_it_was_decoded_in(rank_pool, usual, how):
+    other = rank_pool(1, init=False).run(batches, how)[0]
     assert usual["responses"] == other["responses"]
     # As for a full forward pass: fp32 sums in another order, logits of order 10.
     torch.testing.assert_close(usual["log_probs"], other["log_probs"], rtol=0, atol=2e-5)
@@ -180,12 +198,12 @@ def test_a_response_does_not_depend_on_the_batch_it_was_decoded_in(rank_pool, ho
         assert len(other["sizes"]) > len(usual["sizes"])
 
 
-def test_responses_are_the_same_on_every_layout_and_batch_size(rank_pool):
-    reference = rank_pool(1, init=False).run(job, {})[0]
+def test_responses_are_the_same_on_every_layout_and_batch_size(rank_pool, sampled):
+    (reference,) = sampled(1, {})
     waves = rank_pool(1, init=False).run(job, {}, batch_size=5)[0]
     assert torch.equal(reference["tokens"], waves["tokens"])
     for size, overrides in (p.values for p in LAYOUTS[1:]):
-        for rank in rank_pool(size, init=False).run(job, overrides):
+        for rank in sampled(size, overrides):
             assert torch.equal(reference["tokens"], rank["tokens"]), overrides
 
 
@@ -201,8 +219,8 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(rank_pool):
     assert not all(result["truncated"])
 
 
-def test_samples_of_a_group_differ_and_can_be_drawn_again(rank_pool):
-    first = rank_pool(1, init=False).run(job, {})[0]
+def test_samples_of_a_group_differ_and_can_be_drawn_again(rank_pool, sampled):
+    (first,) = sampled(1, {})
     again = rank_pool(1, init=False).run(job, {})[0]
     assert first["responses"] == again["responses"]
     assert len(set(first["responses"])) > 6

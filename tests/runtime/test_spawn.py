@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron_hybrid.errors import ShapeError
 from megatron_hybrid.runtime.spawn import RankPool
 
-Pools = Callable[..., RankPool]
+pytestmark = pytest.mark.procs
 
 
 def environment() -> dict[str, str]:
@@ -93,8 +94,15 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
     return left
 
 
-def test_a_job_finds_what_torchrun_would_set(rank_pool: Pools) -> None:
-    for rank, seen in enumerate(rank_pool(2).run(environment)):
+@pytest.fixture(scope="module")
+def pools(rank_pool: Callable[..., Any]) -> Iterator[dict[bool, Any]]:
+    """Two ranks each, by `init`: a pool that makes a group for its life, and that of the session, which makes none."""
+    with RankPool(2) as with_group:
+        yield {True: with_group, False: rank_pool(2, init=False)}
+
+
+def test_a_job_finds_what_torchrun_would_set(pools: dict[bool, Any]) -> None:
+    for rank, seen in enumerate(pools[True].run(environment)):
         assert seen["RANK"] == seen["LOCAL_RANK"] == str(rank)
         assert seen["WORLD_SIZE"] == seen["LOCAL_WORLD_SIZE"] == "2"
         assert seen["MASTER_ADDR"] == "127.0.0.1"
@@ -102,18 +110,18 @@ def test_a_job_finds_what_torchrun_would_set(rank_pool: Pools) -> None:
         assert seen["OMP_NUM_THREADS"] == "1"
 
 
-def test_results_come_by_value_in_rank_order_through_one_gloo_group(rank_pool: Pools) -> None:
+def test_results_come_by_value_in_rank_order_through_one_gloo_group(pools: dict[bool, Any]) -> None:
     # ranks 0 and 1, each 10 * (rank + 3): 30 + 40
-    assert [int(total) for total in rank_pool(2).run(summed_rank, 3, scale=10)] == [70, 70]
+    assert [int(total) for total in pools[True].run(summed_rank, 3, scale=10)] == [70, 70]
 
 
-def test_the_same_processes_serve_every_job(rank_pool: Pools) -> None:
-    first = rank_pool(2).run(process_id)
-    assert rank_pool(2).run(process_id) == first
+def test_the_same_processes_serve_every_job(pools: dict[bool, Any]) -> None:
+    first = pools[True].run(process_id)
+    assert pools[True].run(process_id) == first
     assert len({os.getpid(), *first}) == 3
 
 
-def test_the_parents_environment_is_put_back(rank_pool: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parents_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with RankPool(1, init=False) as pool:
         assert pool.run(environment)[0]["OMP_NUM_THREADS"] == "1"
@@ -164,18 +172,16 @@ def test_a_rank_killed_between_jobs_is_named_by_the_next_one() -> None:
             pool.run(process_id)
 
 
-def test_jobs_may_make_their_own_group_one_after_another(rank_pool: Pools) -> None:
-    pool = rank_pool(2, init=False)
-    first, second = (pool.run(make_own_group) for _ in range(2))
+def test_jobs_may_make_their_own_group_one_after_another(pools: dict[bool, Any]) -> None:
+    first, second = (pools[False].run(make_own_group) for _ in range(2))
     assert [(had, total) for had, _, total in first + second] == [(False, 2)] * 4
     assert first[0][1] != second[0][1], "a fresh port each time: the last group's store may still hold its own"
 
 
 @pytest.mark.parametrize("init", [True, False])
-def test_megatron_starts_fresh_in_every_job(rank_pool: Pools, init: bool) -> None:
-    pool = rank_pool(2, init=init)
-    assert pool.run(initialise_megatron, 2) == [(False, 2)] * 2
-    assert pool.run(initialise_megatron, 1) == [(False, 1)] * 2
+def test_megatron_starts_fresh_in_every_job(pools: dict[bool, Any], init: bool) -> None:
+    assert pools[init].run(initialise_megatron, 2) == [(False, 2)] * 2
+    assert pools[init].run(initialise_megatron, 1) == [(False, 1)] * 2
 
 
 SCRIPT = """
@@ -211,7 +217,6 @@ def start(script: Path, how: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.procs
 def test_a_script_that_forgets_to_close_its_pool_still_ends(script: Path) -> None:
     with start(script, "leave") as process:
         said, _ = process.communicate(timeout=100)
@@ -219,7 +224,6 @@ def test_a_script_that_forgets_to_close_its_pool_still_ends(script: Path) -> Non
     assert wait_until_gone([int(pid) for pid in said.split()], seconds=5) == []
 
 
-@pytest.mark.procs
 def test_ranks_and_their_helpers_end_with_a_parent_that_is_killed_in_the_middle_of_a_job(script: Path) -> None:
     with start(script, "hang") as process:
         assert process.stdout is not None
@@ -229,7 +233,6 @@ def test_ranks_and_their_helpers_end_with_a_parent_that_is_killed_in_the_middle_
     assert wait_until_gone(pids, seconds=10) == []
 
 
-@pytest.mark.procs
 def test_ranks_end_though_a_fork_of_their_killed_parent_lives_on(script: Path) -> None:
     with start(script, "fork") as process:
         assert process.stdout is not None

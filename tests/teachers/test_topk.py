@@ -12,11 +12,11 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError, ShapeError
 from megatron_hybrid.parallel import GroupView
 from megatron_hybrid.records import HiddenPayload, TopKPayload
-from megatron_hybrid.runtime.spawn import RankPool
 from megatron_hybrid.teachers import topk
 from megatron_hybrid.teachers.topk import TopKTeacher, topk_log_probs
+from tests.ranks import Ranks
 
-Pools = Callable[..., RankPool]
+Pools = Callable[..., Ranks]
 INF, NAN = float("inf"), float("nan")
 ALONE = GroupView()
 

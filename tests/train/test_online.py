@@ -65,7 +65,7 @@ def test_imitation_brings_the_held_out_kl_down_and_leaves_a_readable_run(rank_po
         tensorboard_dir=f"{folder}/imitation/tensorboard",
         tensorboard_log_interval=1,
     )
-    printed = rank_pool(1, init=False).run(run, str(folder), imitation)[0]
+    printed = rank_pool(1, init=False).run(run, str(folder), imitation, plots=True)[0]
     run_dir = folder / "imitation"
     summary = json.loads((run_dir / "summary.json").read_text())
     before, after = (summary["val/kl"][when] for when in ("before", "after"))
@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_and_resumed_continues_exactly(rank_pool, folder)
 
     pool = rank_pool(1, init=False)
     pool.run(run, str(folder), flags("whole"))
-    pool.run(run, str(folder), flags("parts", exit_interval=3))
+    pool.run(run, str(folder), flags("parts", exit_interval=3), plots=True)
     assert (folder / "parts" / "plots" / "overview.png").exists()  # a run that stops early leaves its plots too
     pool.run(run, str(folder), flags("parts", load=f"{folder}/parts-checkpoints"))
     assert steps(folder, "parts") == steps(folder, "whole")
