@@ -58,7 +58,9 @@ def get_batch(data_iterator: Any) -> tuple[Any, ...]:
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    own = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    own = whole
+    if mpu.get_context_parallel_world_size() > 1:  # its signature differs by version
+        own = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return own["tokens"], own["labels"], own["loss_mask"], None, own["position_ids"]
 
 

@@ -29,6 +29,7 @@ def train(args: argparse.Namespace) -> None:
         ConfigError: nothing is said of rollouts.
     """
     import megatron_hybrid as mh
+    from megatron_hybrid.mcore.builder import pretrain_arguments
     from megatron_hybrid.mcore.symbols import borrow
 
     if not args.hybrid or (args.hybrid_prompts is None and args.hybrid_rollouts is None):
@@ -37,10 +38,12 @@ def train(args: argparse.Namespace) -> None:
             "--hybrid-rollouts. For a script with data use Megatron's pretrain_gpt.py, or put the hybrid step into "
             "it as the README shows."
         )
-    model_config = borrow("megatron.training.argument_utils", "gpt_config_from_args")(args)
-    container = borrow("megatron.training.argument_utils", "pretrain_cfg_container_from_args")(args, model_config)
-    model_type = borrow("megatron.core.enums", "ModelType").encoder_or_decoder
-    mh.pretrain_hybrid(container, None, model_type, mh.HybridForwardStep())
+    mh.pretrain_hybrid(
+        train_valid_test_dataset_provider=None,
+        model_type=borrow("megatron.core.enums", "ModelType").encoder_or_decoder,
+        forward_step_func=mh.HybridForwardStep(),
+        **pretrain_arguments(args),
+    )
 
 
 def show_help() -> None:

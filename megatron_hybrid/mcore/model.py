@@ -75,14 +75,15 @@ def model_forward(
 ) -> Any:
     """One call of a model chunk, wrappers and all, that on the last stage ends in `output_processor`.
 
-    GPTModel hands its hidden states over itself. A model whose `forward` has no such parameter (HybridModel) is asked
-    through its `output_layer`: for the length of the call the layer gives its input to the processor and a placeholder
-    to the model. What the model makes of the placeholder (scaling, transposing, casting) is thrown away.
+    GPTModel hands its hidden states over itself. A model whose `forward` has no such parameter (HybridModel, GPTModel
+    before 0.18) is asked through its `output_layer`: for the length of the call the layer gives its input to the
+    processor and a placeholder to the model. What the model makes of that (scaling, transposing, casting) is thrown
+    away.
 
     tokens          [b, s/cp] int64
     position_ids    [b, s/cp] int64
     context         handed to the processor as `context`
-    schedule_plan   Megatron's combined 1F1B: the plan of the call in place of its result; GPTModel only
+    schedule_plan   Megatron's combined 1F1B: the plan of the call in place of its result; with `output_processor` only
     returns         on the last stage what the processor gives, elsewhere hidden states [s/cp/tp or s/cp, b, h]
 
     Raises:
@@ -102,8 +103,10 @@ def model_forward(
     if schedule_plan:
         raise ConfigError(
             f"the combined 1F1B schedule asked for a plan, but {name} hands its hidden states over only while it "
-            "runs. Train without --overlap-moe-expert-parallel-comm, or with a GPTModel."
+            "runs. Train without --overlap-moe-expert-parallel-comm, or with a GPTModel of Megatron 0.18 or later."
         )
+    if inference_context is not None:
+        options["runtime_gather_output"] = True  # 0.17 insists on it; logits are not made
     if not bare.post_process:
         return model(tokens, position_ids, attention_mask, **options)
     results: list[Tensor] = []

@@ -1,6 +1,6 @@
 """A second model beside the student: a teacher of any architecture from its checkpoint, or a copy of the student.
 
-    the job's arguments + the architecture in a checkpoint's -> Megatron's own builder -> chunks of this rank -> weights
+    the job's arguments + the architecture in a checkpoint's -> `builder.py` -> chunks of this rank -> weights
 
 The second model lies on the job's own process groups: same TP, PP and VPP, another depth, width, head, vocabulary
 padding or kind (GPT, HybridModel). It has no optimizer, no gradient buffers and no mixed-precision wrapper, and its
@@ -26,15 +26,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.architecture import ARCHITECTURE, OLDER_NAMES
+from megatron_hybrid.mcore.builder import build_chunks
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
 from megatron_hybrid.mcore.save_signals import helpers_deaf_to_launchers
 
@@ -163,15 +162,10 @@ def _build(args: Namespace) -> Chunks:
     args = copy.copy(args)
     args.perform_initialization = False  # every weight is loaded or copied, and the student's random state stays
     args.moe_input_jitter_eps = None  # noise for training that Megatron also adds in eval mode
-    config = (gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args)(args)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    # No mixed-precision wrapper: it would return fp32 copies of the hidden states.
-    chunks: Chunks = config.get_builder_cls()(config).build_distributed_models(
-        groups, wrap_with_ddp=False, data_parallel_random_init=False, mixed_precision_wrapper=None
-    )
+    chunks = build_chunks(args)
     for chunk in chunks:
         chunk.to(args.params_dtype).eval().requires_grad_(False)
-    return list(chunks)
+    return chunks
 
 
 def named_tensors(model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_hybrid.errors import ConfigError, MegatronMismatch
 
 SEEN_VERSIONS = "0.19.2"
+ALSO_SEEN = ("0.18.2", "0.17.1")
 
 BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.dist_checkpointing", "check_is_distributed_checkpoint"),
@@ -24,6 +25,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.enums", "ModelType"),
     ("megatron.core.inference.contexts", "StaticInferenceContext"),
     ("megatron.core.models.gpt", "GPTModel"),
+    ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_decoder_block_spec"),
     ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
     ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
     ("megatron.core.optimizer", "Adam"),
@@ -49,6 +51,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.training.argument_utils", "hybrid_config_from_args"),
     ("megatron.training.argument_utils", "pretrain_cfg_container_from_args"),
     ("megatron.training.arguments", "add_megatron_arguments"),
+    ("megatron.training.arguments", "core_transformer_config_from_args"),
     ("megatron.training.arguments", "parse_and_validate_args"),
     ("megatron.training.datasets.data_samplers", "build_pretraining_data_loader"),
     ("megatron.training.global_vars", "get_tensorboard_writer"),
@@ -57,11 +60,30 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.training.training", "cyclic_iter"),
     ("megatron.training.training", "evaluate_and_print_results"),
     ("megatron.training.training", "get_forward_backward_func"),
+    ("megatron.training.training", "get_model"),
+    ("megatron.training.training", "initialize_megatron"),
     ("megatron.training.training", "pretrain"),
     ("megatron.training.training", "save_checkpoint_and_time"),
     ("megatron.training.training", "training_log"),
 )
 """(module, name) of everything the package takes from Megatron, sorted; a test reads the package and compares."""
+
+PARSES_INSIDE, TAKES_PROVIDER, TAKES_CONFIG = "0.17", "0.18", "0.19"
+"""The generations of `megatron.training.pretrain`: it parses the command line itself; it takes what a script has parsed
+and a `model_provider`; it builds the model from a configuration in its first argument."""
+
+ONLY_IN: dict[tuple[str, str], tuple[str, ...]] = {
+    ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_decoder_block_spec"): (PARSES_INSIDE, TAKES_PROVIDER),
+    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"): (TAKES_PROVIDER, TAKES_CONFIG),
+    ("megatron.training.argument_utils", "gpt_config_from_args"): (TAKES_CONFIG,),
+    ("megatron.training.argument_utils", "hybrid_config_from_args"): (TAKES_PROVIDER, TAKES_CONFIG),
+    ("megatron.training.argument_utils", "pretrain_cfg_container_from_args"): (TAKES_PROVIDER, TAKES_CONFIG),
+    ("megatron.training.arguments", "core_transformer_config_from_args"): (PARSES_INSIDE, TAKES_PROVIDER),
+    ("megatron.training.arguments", "parse_and_validate_args"): (TAKES_PROVIDER, TAKES_CONFIG),
+    ("megatron.training.training", "get_model"): (PARSES_INSIDE, TAKES_PROVIDER),
+    ("megatron.training.training", "initialize_megatron"): (PARSES_INSIDE,),
+}
+"""What is asked of some generations only: others have another thing in its place, or nothing."""
 
 # (module, function, parameters we pass or read by name)
 EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -73,6 +95,21 @@ EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("megatron.training.training", "save_checkpoint_and_time", ("iteration",)),
     ("megatron.training.training", "pretrain", ("train_valid_test_dataset_provider", "forward_step_func")),
 )
+
+
+def generation() -> str:
+    """Which of the three the installed `pretrain` is of, by its own parameters: builds between releases are told apart
+    too."""
+    parameters = inspect.signature(borrow("megatron.training.training", "pretrain")).parameters
+    if "extra_args_provider" in parameters:
+        return PARSES_INSIDE
+    provider = parameters.get("model_provider")
+    return TAKES_PROVIDER if provider is not None and provider.default is provider.empty else TAKES_CONFIG
+
+
+def asked_of(kind: str) -> list[tuple[str, str]]:
+    """(module, name) of what a generation must have."""
+    return [symbol for symbol in BORROWED if kind in ONLY_IN.get(symbol, (kind,))]
 
 
 def megatron_version() -> str:
@@ -99,7 +136,8 @@ def mismatch(what: str, error: Exception) -> MegatronMismatch:
     """The error that names what the installed Megatron lacks."""
     return MegatronMismatch(
         f"megatron-core {megatron_version()} has no {what} ({error}). This package was seen to work with "
-        f"megatron-core {SEEN_VERSIONS}: install that version, or adapt megatron_hybrid/mcore."
+        f"megatron-core {SEEN_VERSIONS}: install that version, or adapt megatron_hybrid/mcore. "
+        f"A pretrain script of one's own also runs on {' and '.join(ALSO_SEEN)}."
     )
 
 
@@ -132,15 +170,19 @@ def check_megatron() -> None:
         ConfigError: the `apex` that is installed is not NVIDIA's.
     """
     check_apex()
-    for module, name in BORROWED:
+    kind = generation()
+    for module, name in asked_of(kind):
         borrow(module, name)
     for module, name, expected in EXPECTED_PARAMETERS:
         check_parameters(f"{module}.{name}", borrow(module, name), expected)
     gpt = borrow("megatron.core.models.gpt", "GPTModel")
-    check_parameters("GPTModel.forward", gpt.forward, ("output_processor", "output_processor_context"))
+    if kind == PARSES_INSIDE:
+        check_used("GPTModel._postprocess", gpt._postprocess, ("post_process", "output_layer", "_scale_logits"))
+    else:
+        check_parameters("GPTModel.forward", gpt.forward, ("output_processor", "output_processor_context"))
+        hybrid = borrow("megatron.core.models.hybrid.hybrid_model", "HybridModel")
+        check_used("HybridModel.forward", hybrid.forward, ("post_process", "output_layer", "_scale_logits"))
     check_used("GPTModel._scale_logits", gpt._scale_logits, ("use_mup", "mup_output_mult"))
-    hybrid = borrow("megatron.core.models.hybrid.hybrid_model", "HybridModel")
-    check_used("HybridModel.forward", hybrid.forward, ("post_process", "output_layer", "_scale_logits"))
 
 
 def check_apex() -> None:

@@ -1,17 +1,25 @@
 """What the package borrows from `megatron.training`: arguments, writers, tokenizer; and what it refuses of a job.
 
+`started` hands out the job's arguments before `pretrain` is called, also where it parses them itself.
+
 Not here: the second model beside the student (`second_model.py`).
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from megatron.training.global_vars import get_tensorboard_writer, get_tokenizer, get_wandb_writer
 
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.mcore.symbols import PARSES_INSIDE, generation
 
 __all__ = [
     "get_args",
@@ -19,8 +27,32 @@ __all__ = [
     "get_tensorboard_writer",
     "get_wandb_writer",
     "refuse_unsupported",
+    "started",
     "true_vocab_size",
 ]
+
+
+@contextmanager
+def started(call: inspect.BoundArguments) -> Iterator[Namespace]:
+    """The job's arguments; call `pretrain` inside.
+
+    A `pretrain` that takes an `extra_args_provider` parses the command line as the first thing it does. What it would
+    call for that is called here with the arguments it would give, and while inside its own call finds it done.
+
+    call  of `pretrain`, before it happens
+    """
+    if generation() != PARSES_INSIDE:
+        yield get_args()
+        return
+    training: Any = importlib.import_module("megatron.training.training")
+    initialize = training.initialize_megatron
+    known = inspect.signature(initialize).parameters
+    initialize(**{name: value for name, value in call.arguments.items() if name in known})
+    training.initialize_megatron = lambda **_: None
+    try:
+        yield get_args()
+    finally:
+        training.initialize_megatron = initialize
 
 
 def true_vocab_size() -> int:

@@ -47,7 +47,7 @@ def _by_head(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _rotated_once(adjust: Callable[..., Any]) -> Callable[..., Any]:
     """`Attention._adjust_key_value_for_inference` that rotates what is new and stores it rotated."""
-    rotate = importlib.import_module("megatron.core.transformer.attention").apply_rotary_pos_emb
+    attention = importlib.import_module("megatron.core.transformer.attention")
 
     @functools.wraps(adjust)
     def call(
@@ -63,14 +63,10 @@ def _rotated_once(adjust: Callable[..., Any]) -> Callable[..., Any]:
         if inference_context is not None and inference_context.is_static_batching() and rotary_pos_emb is not None:
             start = inference_context.sequence_len_offset
             new = slice(start, start + key.shape[0])
+            scale = attention._yarn_get_concentration_factor_from_config(self.config)
             query, key = (
-                rotate(
-                    x,
-                    embedding[new],
-                    self.config,
-                    None,
-                    self._yarn_concentration_factor,
-                    cp_group=self.pg_collection.cp,
+                attention.apply_rotary_pos_emb(
+                    x, embedding[new], self.config, None, scale, cp_group=self.pg_collection.cp
                 )
                 for x, embedding in zip((query, key), rotary_pos_emb, strict=True)
             )

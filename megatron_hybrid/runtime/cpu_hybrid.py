@@ -8,7 +8,9 @@ Declined with a sentence: patterns with Mamba, gated delta net or latent attenti
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import importlib.util
 from typing import Any
 
 from megatron_hybrid.errors import ConfigError
@@ -25,7 +27,9 @@ class _OnlyOnGPU:
 
 
 def stand_ins() -> list[tuple[Any, str, Any]]:
-    """(module, name, value) of what HybridModel is built from on the CPU."""
+    """(module, name, value) of what HybridModel is built from on the CPU; before Megatron 0.18 there is none."""
+    if importlib.util.find_spec("megatron.core.models.hybrid") is None:
+        return []
     return [
         (
             importlib.import_module("megatron.core.models.hybrid.hybrid_block"),
@@ -67,15 +71,10 @@ def _local_stack() -> Any:
     moe = TransformerLayerSubmodules(
         pre_mlp_layernorm=experts.pre_mlp_layernorm, mlp=experts.mlp, mlp_bda=experts.mlp_bda
     )
-    return ModuleSpec(
-        module=HybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
-            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe),
-            mamba_layer=_OnlyOnGPU,
-            gdn_layer=_OnlyOnGPU,
-            dsa_layer=_OnlyOnGPU,
-            mla_layer=_OnlyOnGPU,
-        ),
-    )
+    names = [field.name for field in dataclasses.fields(HybridStackSubmodules)]  # they differ from version to version
+    layers = {name: _OnlyOnGPU for name in names if name.endswith("_layer")} | {
+        "attention_layer": ModuleSpec(module=TransformerLayer, submodules=attention),
+        "mlp_layer": ModuleSpec(module=MLPLayer, submodules=mlp),
+        "moe_layer": ModuleSpec(module=MoETransformerLayer, submodules=moe),
+    }
+    return ModuleSpec(module=HybridStack, submodules=HybridStackSubmodules(**layers))

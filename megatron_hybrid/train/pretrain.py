@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     """A drop-in around `megatron.training.pretrain`, whatever the signature of the installed version.
 
-    The forward step must be a `HybridForwardStep`. With `--hybrid --hybrid-prompts ...` training is online, with
-    `--hybrid-rollouts FILE` on what the file holds: the dataset provider passed in is asked for
-    `--hybrid-pretraining-microbatches` only. With `--hybrid` alone the script's own data is trained by its
+    The forward step must be a `HybridForwardStep`, and the command line be parsed with `add_hybrid_args`: by the script
+    before the call, or by a `pretrain` that takes it as `extra_args_provider`. With `--hybrid --hybrid-prompts ...`
+    training is online, with `--hybrid-rollouts FILE` on what the file holds: the dataset provider passed in is asked
+    for `--hybrid-pretraining-microbatches` only. With `--hybrid` alone the script's own data is trained by its
     `base_loss_func`, or through the hybrid op where it has none. Without `--hybrid` this is `pretrain` itself.
 
     Raises:
@@ -55,12 +56,18 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
         MegatronMismatch: the installed Megatron lacks something that is borrowed; names it.
     """
     pretrain = borrow("megatron.training.training", "pretrain")
-    arguments = borrow("megatron.training", "get_args")()
-    if not getattr(arguments, "hybrid", False):
-        return pretrain(*args, **kwargs)
+    from megatron_hybrid.mcore.training import started
 
-    check_megatron()
     call = inspect.signature(pretrain).bind(*args, **kwargs)
+    with started(call) as arguments:
+        if not getattr(arguments, "hybrid", False):
+            return pretrain(*args, **kwargs)
+        check_megatron()
+        return _pretrain(pretrain, call, arguments)
+
+
+def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, arguments: Namespace) -> Any:
+    """`pretrain` called as it was to be, with the hybrid step in it."""
     forward_step = call.arguments.get("forward_step_func")
     if not isinstance(forward_step, HybridForwardStep):
         raise ConfigError(
@@ -91,7 +98,7 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
                 "beside: the script's own data is all that is trained on. Give --hybrid-prompts or --hybrid-rollouts, "
                 "or leave it at 0."
             )
-        return pretrain(*args, **kwargs)
+        return pretrain(*call.args, **call.kwargs)
 
     script = ScriptData(
         call.arguments.get("train_valid_test_dataset_provider"), forward_step.get_batch, arguments.dataloader_type

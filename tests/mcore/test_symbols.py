@@ -13,13 +13,18 @@ from megatron.training import training
 
 from megatron_hybrid.errors import ConfigError, MegatronMismatch
 from megatron_hybrid.mcore.symbols import (
-    BORROWED,
     EXPECTED_PARAMETERS,
+    ONLY_IN,
+    PARSES_INSIDE,
     SEEN_VERSIONS,
+    TAKES_CONFIG,
+    TAKES_PROVIDER,
+    asked_of,
     borrow,
     check_apex,
     check_megatron,
     check_parameters,
+    generation,
     megatron_version,
 )
 
@@ -32,7 +37,7 @@ def test_a_borrowed_symbol_is_megatrons_own_object():
     assert borrow("megatron.training.training", "pretrain") is training.pretrain
 
 
-@pytest.mark.parametrize(("module", "name"), BORROWED)
+@pytest.mark.parametrize(("module", "name"), asked_of(TAKES_CONFIG))
 def test_a_missing_symbol_is_told_with_its_path_and_both_versions(monkeypatch, module, name):
     monkeypatch.delattr(importlib.import_module(module), name)
     with pytest.raises(MegatronMismatch) as raised:
@@ -40,6 +45,35 @@ def test_a_missing_symbol_is_told_with_its_path_and_both_versions(monkeypatch, m
     text = str(raised.value)
     assert text.startswith(f"megatron-core {megatron_version()} has no {module}.{name} ")
     assert f"seen to work with megatron-core {SEEN_VERSIONS}: install that version" in text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (("model_provider", "forward_step_func", "extra_args_provider=None"), PARSES_INSIDE),
+        (("cfg_container", "model_provider", "forward_step_func"), TAKES_PROVIDER),
+        (("cfg_container", "forward_step_func", "model_provider=None"), TAKES_CONFIG),
+    ],
+)
+def test_a_generation_is_asked_for_what_it_has_in_the_place_of_the_others(monkeypatch, parameters, expected):
+    monkeypatch.setattr(training, "pretrain", function("train_valid_test_dataset_provider", *parameters))
+    assert generation() == expected
+    for (module, name), generations in ONLY_IN.items():
+        if expected not in generations:
+            monkeypatch.delattr(importlib.import_module(module), name)
+    check_megatron()
+    module, name = asked_of(expected)[-1]
+    monkeypatch.delattr(importlib.import_module(module), name)
+    with pytest.raises(MegatronMismatch, match=f"has no {module}.{name} "):
+        check_megatron()
+
+
+def test_before_the_seam_a_model_must_make_its_logits_in_the_place_that_we_know(monkeypatch):
+    old = function("train_valid_test_dataset_provider", "forward_step_func", "extra_args_provider=None")
+    monkeypatch.setattr(training, "pretrain", old)
+    monkeypatch.setattr(GPTModel, "_postprocess", lambda self: (self.post_process, self._scale_logits))
+    with pytest.raises(MegatronMismatch, match="GPTModel._postprocess of .* does not use output_layer, through which"):
+        check_megatron()
 
 
 def test_a_missing_module_reads_like_a_missing_symbol():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from argparse import Namespace
 from typing import Any
 
 import pytest
+from megatron.training import training
 
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.mcore.training import refuse_unsupported
+from megatron_hybrid.mcore.training import refuse_unsupported, started
 
 
 def job(**changes: Any) -> Namespace:
@@ -51,3 +53,38 @@ def test_a_plain_job_is_not_refused():
 def test_a_setting_the_hybrid_path_cannot_honour_is_refused_with_what_to_do(setting, message):
     with pytest.raises(ConfigError, match=message):
         refuse_unsupported(job(**setting))
+
+
+# A `pretrain` that parses the command line itself.
+
+
+def old_pretrain(
+    train_valid_test_dataset_provider, model_provider, forward_step_func, extra_args_provider=None, store=3
+):
+    training.initialize_megatron(extra_args_provider=extra_args_provider, store=store)
+
+
+def test_what_pretrain_would_parse_first_is_parsed_before_it_and_once(monkeypatch):
+    calls: list[dict[str, Any]] = []
+
+    def initialize(extra_args_provider=None, args_defaults=None, store=None):
+        calls.append({"extra_args_provider": extra_args_provider, "args_defaults": args_defaults, "store": store})
+
+    monkeypatch.setattr(training, "pretrain", old_pretrain)
+    monkeypatch.setattr(training, "initialize_megatron", initialize)
+    monkeypatch.setattr("megatron_hybrid.mcore.training.get_args", lambda: len(calls))
+    call = inspect.signature(old_pretrain).bind("data", "model", "step", extra_args_provider="ours")
+    with pytest.raises(ArithmeticError), started(call) as arguments:
+        assert arguments == 1  # there are arguments, of one parsing
+        old_pretrain(*call.args, **call.kwargs)
+        raise ArithmeticError
+    assert calls == [{"extra_args_provider": "ours", "args_defaults": None, "store": None}]
+    assert training.initialize_megatron is initialize
+
+
+def test_a_pretrain_of_today_finds_its_start_as_it_was(monkeypatch):
+    monkeypatch.setattr("megatron_hybrid.mcore.training.get_args", lambda: "parsed by the script")
+    before = training.initialize_megatron
+    with started(inspect.signature(training.pretrain).bind_partial()) as arguments:
+        assert arguments == "parsed by the script"
+        assert training.initialize_megatron is before
