@@ -48,7 +48,7 @@ class PythonFunctionReward:
             ) from error
         try:
             return float(score)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # of what it returned, whose own code this is
             raise RewardError(f"{where}, returned a {type(score).__name__}, {score!r}: expected a number.") from error
 
 
