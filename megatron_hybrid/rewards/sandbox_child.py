@@ -118,7 +118,10 @@ def _limit(settings: dict[str, Any]) -> None:
     if settings["seconds"] is not None:
         limits["CPU"] = int(settings["seconds"]) + 1
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        which = getattr(resource, f"RLIMIT_{name}")
+        _, most = resource.getrlimit(which)
+        lower = value if most == resource.RLIM_INFINITY else min(value, most)  # a limit of the run's own stays
+        resource.setrlimit(which, (lower, lower))
 
 
 def _bind_file(path: str, inside: str) -> None:
