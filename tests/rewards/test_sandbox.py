@@ -220,9 +220,7 @@ def test_without_a_sandbox_nothing_is_run(tmp_path):
 def _without_the_right(folder: Path) -> Path:
     """The sandbox's own file, whose kernel refuses namespaces: as a container without CAP_SYS_ADMIN does."""
     file = folder / "child.py"
-    refusal = (
-        "import os\ndef _refuse(flags): raise PermissionError(1, 'Operation not permitted')\nos.unshare = _refuse\n"
-    )
+    refusal = "import os\ndef refuse(flags): raise PermissionError(1, 'not permitted')\nos.unshare = refuse\n"
     file.write_text(refusal + Path(sandbox.__file__).with_name("sandbox_child.py").read_text())
     return file
 
