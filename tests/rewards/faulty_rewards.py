@@ -66,12 +66,12 @@ FAULTS = {
 
 
 def fails_sometimes(question, response, answer, record):
-    """In a run: raises for one question, is text for another; a fifth of the responses is right."""
+    """In a run: raises for one question, is text for another; at least 1 for a response to any other."""
     if question == "w1":
         raise RuntimeError("no judgement")
     if question == "w2":
         return "good"
-    return float(response == answer) + len(response)
+    return 1.0 + (response == answer) + len(response)
 
 
 def always_fails(question, response, answer, record):
