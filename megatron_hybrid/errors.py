@@ -20,7 +20,7 @@ class DataError(HybridError, ValueError):
 
 
 class RewardError(HybridError, ValueError):
-    """A reward function returned something that is not a finite number."""
+    """A reward has no finite number for a response."""
 
 
 class ServerError(HybridError, RuntimeError):

@@ -66,6 +66,9 @@ MEANINGS = {
     "perf/total_num_tokens": "tokens of the step, prompts and responses",
     "perf/max_memory_allocated_gb": "peak accelerator memory, largest rank",
     "training/policy_age": "optimizer steps since the responses were sampled",
+    "training/failed_rewards": "responses of the step whose reward could not be made (on_failed_reward)",
+    "training/failed_rollouts": "responses of the step that the rollout server did not give (on_failed_rollout)",
+    "training/dropped_responses": "responses of the step that nothing is learnt from: all of a group where one failed",
     "training/skipped_steps": "steps whose update Megatron skipped",
     "training/infinite_kl_tokens": "response tokens of infinite divergence, which gives them no dense gradient: the "
     "teacher forbids what the student may say (see teacher_logit_floor), or under forward_kl the other way round",

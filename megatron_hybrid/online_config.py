@@ -13,8 +13,12 @@ from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.weighted import split_weighted
 
 FILE_REWARDS = ("exact_match", "math_answer")
-REWARDS = ("by_source", "reasoning_gym", *FILE_REWARDS)
+REWARDS = ("by_source", "reasoning_gym", *FILE_REWARDS, "python_tests")
+EXECUTES_CODE = "python_tests"
+"""The reward that runs what the model wrote."""
 LONG_PROMPTS = ("refuse", "drop")
+ON_FAILED_REWARD = ("stop", "zero", "drop")
+ON_FAILED_ROLLOUT = ("stop", "drop")
 SERVER_APIS = ("vllm", "sglang")
 SERVER_KEY_VARIABLE = "HYBRID_SERVER_API_KEY"
 """Environment variable with the key of an inference engine's server, sent to no other server."""
@@ -103,12 +107,37 @@ class OnlineConfig(FromArguments):
         "by_source",
         "what a response earns: by_source (a reasoning-gym question by its task's own scorer, one of a file by "
         "file_reward, a recorded response what its file says, a demonstration 1), reasoning_gym, exact_match, "
-        "math_answer, a function of your own as module:function, or the http:// address of a server (its key in "
+        "math_answer, python_tests (1 if the response's code passes the record's tests), a function of your own as "
+        "module:function, or the http:// address of a server (its key in "
         f"{REWARD_KEY_VARIABLE}); several, comma-separated: WEIGHT*REWARD,WEIGHT*REWARD for their weighted sum",
     )
     file_reward: str = setting("exact_match", "reward by_source: that of questions from a file", FILE_REWARDS)
     truncated_reward: float | None = setting(
         None, "what a response earns that was cut off at the length limit; unset: its score"
+    )
+    on_failed_reward: str = setting(
+        "stop",
+        "a reward raises, takes too long, gives no finite number, or its server stays down: the run ends, the score is "
+        "0, or the response's whole group is dropped, as if it had not been sampled",
+        ON_FAILED_REWARD,
+    )
+    reward_workers: int | None = setting(
+        None,
+        "processes of a replica that score, several responses at a time; unset: one for module:function, none for "
+        "other rewards, which are made in the run's own process, as with 0",
+    )
+    reward_timeout: float = setting(
+        60.0, "seconds that a process may take for one response before it is ended; inf: no limit"
+    )
+    reward_memory: float = setting(8.0, "GiB of address space of such a process; inf: no limit")
+    allow_code_execution: bool = setting(
+        False,
+        f"let the reward {EXECUTES_CODE} run what the model wrote, in a sandbox (megatron_hybrid/rewards/sandbox.py)",
+    )
+    on_failed_rollout: str = setting(
+        "stop",
+        "rollout_server gives no response to a prompt, at any attempt: the run ends, or the prompt's group is dropped",
+        ON_FAILED_ROLLOUT,
     )
     gradient_norms_interval: int = setting(
         10, "steps between measurements of the dense and sparse gradient norms, which make the logits once more"
@@ -144,13 +173,7 @@ class OnlineConfig(FromArguments):
             raise ConfigError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
         if self.long_prompts not in LONG_PROMPTS:
             raise ConfigError(f"long_prompts must be one of {', '.join(LONG_PROMPTS)}; got {self.long_prompts!r}.")
-        for _, name in self.rewards:
-            _check_reward(name)
-        if self.file_reward != FILE_REWARDS[0] and "by_source" not in [name for _, name in self.rewards]:
-            raise ConfigError(
-                f"file_reward is {self.file_reward!r}, but reward {self.reward!r} does not ask it: it is part of the "
-                "reward by_source. Name it as the reward itself."
-            )
+        self._check_rewards()
         for name in (
             "max_response_length",
             "rollout_batch_size",
@@ -180,6 +203,44 @@ class OnlineConfig(FromArguments):
                 "teacher_ema_decay and teacher_refresh_interval are both set: the copy is either averaged or taken "
                 "anew. Leave one out."
             )
+
+    def _check_rewards(self) -> None:
+        """What is rewarded, and what becomes of a response where that fails."""
+        names = [name for _, name in self.rewards]
+        for name in names:
+            _check_reward(name)
+        if self.file_reward != FILE_REWARDS[0] and "by_source" not in names:
+            raise ConfigError(
+                f"file_reward is {self.file_reward!r}, but reward {self.reward!r} does not ask it: it is part of the "
+                "reward by_source. Name it as the reward itself."
+            )
+        if self.allow_code_execution != (EXECUTES_CODE in names):
+            raise ConfigError(
+                f"allow_code_execution is {self.allow_code_execution}, and reward {self.reward!r}: {EXECUTES_CODE} "
+                "runs what the model wrote, on the machines of the run, and has to be allowed; nothing else does. Set "
+                "both, or neither."
+            )
+        for name, choices in (("on_failed_reward", ON_FAILED_REWARD), ("on_failed_rollout", ON_FAILED_ROLLOUT)):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}; got {value!r}.{nearest(value, choices)}"
+                )
+        if self.on_failed_rollout != "stop" and self.rollout_server is None:
+            raise ConfigError(
+                f"on_failed_rollout is {self.on_failed_rollout!r}, but there is no rollout_server: the student's own "
+                "decoding does not fail for a single prompt. Leave it out."
+            )
+        if self.reward_workers is not None and self.reward_workers < 0:
+            raise ConfigError(f"reward_workers must be at least 0, got {self.reward_workers}.")
+        for name in ("reward_timeout", "reward_memory"):
+            if not (value := getattr(self, name)) > 0:
+                raise ConfigError(f"{name} must be above 0, got {value}. Use inf for no limit.")
+
+    def workers_of(self, reward: str) -> int:
+        """Processes that make this one of `rewards`; 0: the run's own."""
+        if "://" in reward:
+            return 0
+        return int(":" in reward) if self.reward_workers is None else self.reward_workers
 
     def _check_rollouts(self) -> None:
         """Rollouts from a file, in place of prompts."""

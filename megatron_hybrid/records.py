@@ -7,7 +7,7 @@ annotations here: importing the records costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,8 @@ class RolloutBatch:
     policy_version: int | None
     """Optimizer steps taken before sampling; None: no step of this run's."""
     seed: int
+    unanswered: tuple[bool, ...] = ()
+    """[b]: whoever samples gave no response: the row is its prompt alone, and its mask empty. (): all are answered."""
 
     def take(self, rows: Sequence[int]) -> RolloutBatch:
         """These rows, in this order."""
@@ -87,6 +89,7 @@ class RolloutBatch:
             group_id=self.group_id[index],
             truncated=tuple(self.truncated[row] for row in index),
             responses=tuple(self.responses[row] for row in index),
+            unanswered=tuple(self.unanswered[row] for row in index) if self.unanswered else (),
         )
 
 
@@ -98,6 +101,10 @@ class RewardBatch:
     """[b] fp32."""
     breakdown: dict[str, Tensor] = field(default_factory=dict)
     """Name of a reward function to its unweighted scores [b] fp32."""
+    failed: Tensor | None = None
+    """[b] bool: a reward gave no number for it, which counts as a score of 0; None: for none."""
+    errors: Mapping[int, Exception] = field(default_factory=dict)
+    """Row to what went wrong, of the failed ones; on the rank that scored them only."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,10 @@ class LogitsPayload:
         """
         raise NotImplementedError
 
+    def take(self, tokens: Tensor) -> LogitsPayload:
+        """The payload of these tokens alone, [m] int64 ascending."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class HiddenPayload(LogitsPayload):
@@ -171,6 +182,9 @@ class HiddenPayload(LogitsPayload):
     def logits(self, rows: slice = ALL_ROWS) -> Tensor:
         return self.logits_of(self.hidden[rows])
 
+    def take(self, tokens: Tensor) -> HiddenPayload:
+        return replace(self, hidden=self.hidden[tokens])
+
 
 @dataclass(frozen=True)
 class TopKPayload:
@@ -180,6 +194,10 @@ class TopKPayload:
     """[n, k] int64, global token ids; -1 marks an unused slot."""
     log_probs: Tensor
     """[n, k] fp32, nats, at the teacher's temperature; equal on every tensor-parallel rank."""
+
+    def take(self, tokens: Tensor) -> TopKPayload:
+        """The payload of these tokens alone, [m] int64 ascending."""
+        return TopKPayload(self.ids[tokens], self.log_probs[tokens])
 
 
 TeacherPayload = LogitsPayload | TopKPayload
@@ -224,6 +242,25 @@ class HybridMicrobatch:
     sampled_logprobs: Tensor | None
     """[n] fp32: what the sampler believed, for mismatch metrics; None: nobody knows."""
     teacher: TeacherPayload | None = None
+
+    def take(self, tokens: Tensor) -> HybridMicrobatch:
+        """With these of its response tokens [m] int64 ascending; its sequences stay whole, `weigh` and `count` too."""
+
+        def reads(model_input: ModelInput) -> ModelInput:
+            return replace(model_input, token_rows=model_input.token_rows[tokens])
+
+        student = reads(self.student)
+        return replace(
+            self,
+            student=student,
+            teacher_input=student if self.teacher_input is self.student else reads(self.teacher_input),
+            sequence_of_token=self.sequence_of_token[tokens],
+            position_of_token=self.position_of_token[tokens],
+            targets=self.targets[tokens],
+            token_scale=self.token_scale[tokens],
+            sampled_logprobs=None if self.sampled_logprobs is None else self.sampled_logprobs[tokens],
+            teacher=None if self.teacher is None else self.teacher.take(tokens),
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ _GROUPS = {
     "hybrid use of responses": "rollout_|prefix_|clip_|mini_batches|ppo_epochs",
     "hybrid LM head and op": "backend|lm_head",
     "hybrid prompts and rewards": (
-        "prompts|rollouts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward"
+        "prompts|rollouts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward|on_failed|"
+        "reward_workers|reward_timeout|reward_memory|allow_code"
     ),
     "hybrid batches of the script's own": "pretraining_",
     "hybrid report": "run_dir|gradient_norms|samples_",

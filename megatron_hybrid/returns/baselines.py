@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import BASELINES
 from megatron_hybrid.errors import ConfigError, ShapeError
-from megatron_hybrid.parallel import Group
+from megatron_hybrid.parallel import Group, GroupView
 from megatron_hybrid.returns.reward_statistics import batch_statistics
 
 _EPSILON = 1e-6
@@ -44,11 +44,13 @@ def reward_advantages(
     *,
     dp_group: Group = None,
     running_mean: float | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Advantages [b] fp32 of responses with rewards [b] in groups group_id [b]; positive is better than expected.
 
     dp_group      data-parallel replicas; read by reinforce_plus_plus, which all of them must then call with equal b
     running_mean  m of the baseline of that name: `RunningMean.value` before this collection
+    kept          [b] bool: responses that count, whole groups; the others have the advantage 0. None: all
 
     Not on the hot path: counting the groups waits for the device.
 
@@ -65,9 +67,11 @@ def reward_advantages(
     if baseline == "none":
         advantages = values
     elif baseline in ("rloo", "grpo"):
-        advantages = _within_groups(values, group_id, baseline)
+        counts = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
+        advantages = torch.zeros_like(values)
+        advantages[counts] = _within_groups(values[counts], group_id[counts], baseline)
     elif baseline == "reinforce_plus_plus":
-        advantages = _within_batch(values, dp_group)
+        advantages = _within_batch(values, dp_group, kept)
     elif baseline == "running_mean":
         if running_mean is None:
             raise ConfigError(
@@ -77,7 +81,7 @@ def reward_advantages(
         advantages = values - running_mean
     else:
         raise ConfigError(f"baseline must be one of {', '.join(BASELINES)}; got {baseline!r}.")
-    return advantages.float()
+    return (advantages if kept is None else torch.where(kept, advantages, 0.0)).float()
 
 
 def _within_groups(values: Tensor, group_id: Tensor, baseline: str) -> Tensor:
@@ -97,11 +101,11 @@ def _within_groups(values: Tensor, group_id: Tensor, baseline: str) -> Tensor:
     return centred / (group_mean(centred.square(), size - 1).sqrt() + _EPSILON)
 
 
-def _within_batch(values: Tensor, dp_group: Group) -> Tensor:
-    batch = batch_statistics(values, dp_group)
-    if batch.count < 2:
+def _within_batch(values: Tensor, dp_group: Group, kept: Tensor | None) -> Tensor:
+    batch = batch_statistics(values, dp_group, kept=kept)
+    if len(values) * GroupView.of(dp_group).size < 2:  # of more than one a single one may be kept: its advantage is 0
         raise ConfigError(
-            f"baseline 'reinforce_plus_plus' compares the responses of a collection, and this one has {batch.count}: "
+            "baseline 'reinforce_plus_plus' compares the responses of a collection, and this one has 1: "
             "the deviation of a single reward does not exist. Raise --global-batch-size, or use baseline "
             "'running_mean'."
         )

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from megatron_hybrid.collectives import gather_ranks
@@ -37,9 +38,14 @@ class BatchStatistics:
         return self.total / self.count if self.count else 0.0
 
 
-def batch_statistics(rewards: Tensor, dp_group: Group = None) -> BatchStatistics:
-    """Statistics of rewards [b], b being the same on every rank of dp_group; waits for the device."""
-    values = gather_ranks(rewards.detach().double(), dp_group).flatten().sort().values
+def batch_statistics(rewards: Tensor, dp_group: Group = None, *, kept: Tensor | None = None) -> BatchStatistics:
+    """Statistics of rewards [b], b being the same on every rank of dp_group; waits for the device.
+
+    kept  [b] bool: rewards that count; None: all
+    """
+    own = rewards.detach().double()
+    gathered = gather_ranks(own if kept is None else torch.where(kept, own, torch.nan), dp_group).flatten()
+    values = gathered[~gathered.isnan()].sort().values
     count, total = len(values), float(values.sum())
     if count < 2:
         return BatchStatistics(count, total, 0.0)
@@ -70,9 +76,9 @@ class RunningMean:
         """The mean; 0 before any collection."""
         return self.mean / self.weight if self.weight else 0.0
 
-    def updated(self, rewards: Tensor, *, dp_group: Group = None) -> Self:
-        """With one more collection, rewards [b] on each rank of dp_group; without responses unchanged."""
-        batch = batch_statistics(rewards, dp_group)
+    def updated(self, rewards: Tensor, *, dp_group: Group = None, kept: Tensor | None = None) -> Self:
+        """With one more collection, rewards [b] on each rank of dp_group; without one that is kept unchanged."""
+        batch = batch_statistics(rewards, dp_group, kept=kept)
         if not batch.count:
             return self
         new = 1.0 - self.decay

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from megatron_hybrid.errors import HybridError
 from megatron_hybrid.records import Prompt
+
+Score = float | HybridError
+"""Of one response: a number, or why there is none."""
 
 
 class Reward(Protocol):
@@ -13,7 +17,9 @@ class Reward(Protocol):
     main_thread_only: bool
     """Whether it works in the main thread only (alarm signals do); other rewards are made while the teacher reads."""
 
-    def score(self, prompt: Prompt, response: str) -> float: ...
+    def score(self, prompt: Prompt, response: str) -> float:
+        """Raises RewardError or DataError where there is no number to give."""
+        ...
 
 
 @runtime_checkable
@@ -23,8 +29,8 @@ class BatchReward(Protocol):
     name: str
     main_thread_only: bool
 
-    def score_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """A score per response, in order."""
+    def score_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[Score]:
+        """A score per response, in order; raises RewardError or ServerError where there is none for any of them."""
         ...
 
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_hybrid.errors import RewardError
 from megatron_hybrid.online_config import REWARD_KEY_VARIABLE
 from megatron_hybrid.records import Prompt
+from megatron_hybrid.rewards.base import Score
 from megatron_hybrid.servers.json_server import JsonServer
 
 
@@ -44,25 +48,30 @@ class HttpReward:
             key_variable=REWARD_KEY_VARIABLE,
         )
 
-    def score_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """A score per response.
+    def score_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score]:
+        """A score per response; an error in the place of one for which the server has something else than a number.
 
         Raises:
-            ServerError: it stays down, refuses, or answers something else than a number for each response.
+            ServerError: it stays down, refuses, or does not answer with one entry for each response.
         """
         if not responses:
             return []
         items = [_item(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        answer = self._server.post("", {"items": items})
+        return self._server.post("", {"items": items}, partial(self._scores, prompts))
+
+    def _scores(self, prompts: Sequence[Prompt], answer: Any) -> list[Score]:
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
-        if not isinstance(rewards, list) or len(rewards) != len(items):
+        if not isinstance(rewards, list) or len(rewards) != len(prompts):
             raise self._server.broken(
-                "", f'should answer {{"rewards": [...]}} with {len(items)} numbers, one per response', answer
+                "", f'should answer {{"rewards": [...]}} with {len(prompts)} numbers, one per response', answer
             )
-        for reward, item in zip(rewards, items, strict=True):
-            if not isinstance(reward, int | float):
-                raise self._server.broken("", f"gave {reward!r} for prompt {item['prompt_id']}, not a number", answer)
-        return [float(reward) for reward in rewards]
+        return [self._score(prompt, reward) for prompt, reward in zip(prompts, rewards, strict=True)]
+
+    def _score(self, prompt: Prompt, reward: Any) -> Score:
+        with suppress(OverflowError):  # JSON knows integers of any length
+            if isinstance(reward, int | float):
+                return float(reward)
+        return RewardError(f"{self._server.what} gave {reward!r} for prompt {prompt.prompt_id}, not a number.")
 
 
 def _item(prompt: Prompt, response: str) -> dict[str, Any]:

@@ -3,8 +3,9 @@
     function(question, response, answer, record) -> float
 
 `question` and `response` are text, `answer` the expected one or None, `record` the source's own: the line or row of a
-prompt file with all its fields, or what reasoning-gym made. A function that works in the main thread only (it sets
-alarm signals, say) says so by an attribute, `function.main_thread_only = True`; others run beside the teacher's pass.
+prompt file with all its fields, or what reasoning-gym made. It is called in a process of its own (`worker_pool.py`),
+one response at a time, unless `reward_workers` is 0. Then one that works in the main thread only (it sets alarms,
+say) says so by an attribute, `function.main_thread_only = True`; others run beside the teacher's pass.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class PythonFunctionReward:
             ) from error
         try:
             return float(score)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # of what it returned, whose own code this is
             raise RewardError(f"{where}, returned a {type(score).__name__}, {score!r}: expected a number.") from error
 
 

@@ -2,7 +2,9 @@
 
     reward_i = sum_k weight_k * score_k(prompt_i, response_i)
 
-The breakdown keeps every score as its reward function gave it, before weights and before the rule for truncation.
+The breakdown keeps every score as its reward function gave it, before weights and before the rule for truncation. A
+score that could not be made, or is no finite number, counts as 0, and its row is among the failed ones: what becomes of
+those is not decided here (`train/failed_samples.py`). Responses that were never given are not judged.
 """
 
 import math
@@ -10,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_hybrid.errors import ConfigError, RewardError
+from megatron_hybrid.errors import ConfigError, DataError, RewardError, ServerError
 from megatron_hybrid.records import Prompt, RewardBatch, RolloutBatch
-from megatron_hybrid.rewards.base import BatchReward, Reward
+from megatron_hybrid.rewards.base import BatchReward, Reward, Score
 
 
 class Rubric:
@@ -36,15 +38,25 @@ class Rubric:
         self.main_thread_only = any(reward.main_thread_only for reward, _ in self._rewards.values())
 
     def score(self, rollouts: RolloutBatch) -> RewardBatch:
-        """Rewards [b] fp32, on the CPU. Reads prompts, responses and truncated; no collectives.
+        """Rewards [b] fp32, on the CPU. Reads prompts, responses, truncated and unanswered; no collectives.
 
         May run beside the main thread, which is why nothing here touches an accelerator.
         """
-        prompts, responses = rollouts.prompts, rollouts.responses
-        scores = {name: _scores(name, reward, prompts, responses) for name, (reward, _) in self._rewards.items()}
+        pairs = list(zip(rollouts.prompts, rollouts.responses, strict=True))
+        answered = [row for row in range(len(pairs)) if not (rollouts.unanswered and rollouts.unanswered[row])]
+        judged = [pairs[row] for row in answered]
+        scores: dict[str, list[float]] = {}
+        errors: dict[int, Exception] = {}
+        for name, (reward, _) in self._rewards.items():
+            scores[name] = [0.0] * len(pairs)
+            for row, score in zip(answered, _scores(name, reward, judged), strict=True):
+                if isinstance(score, Exception):
+                    errors.setdefault(row, score)
+                else:
+                    scores[name][row] = score
         totals = [
             math.fsum(weight * scores[name][row] for name, (_, weight) in self._rewards.items())
-            for row in range(len(prompts))
+            for row in range(len(pairs))
         ]
         if self._truncated_reward is not None:
             earned = zip(totals, rollouts.truncated, strict=True)
@@ -52,22 +64,36 @@ class Rubric:
         return RewardBatch(
             rewards=torch.tensor(totals, dtype=torch.float32),
             breakdown={name: torch.tensor(s, dtype=torch.float32) for name, s in scores.items()},
+            failed=torch.tensor([row in errors for row in range(len(pairs))], dtype=torch.bool),
+            errors=errors,
         )
 
 
-def _scores(
-    name: str, reward: Reward | BatchReward, prompts: Sequence[Prompt], responses: Sequence[str]
-) -> list[float]:
-    pairs = list(zip(prompts, responses, strict=True))
+def _scores(name: str, reward: Reward | BatchReward, pairs: Sequence[tuple[Prompt, str]]) -> list[Score]:
+    """A finite number for each, or why there is none."""
     if isinstance(reward, BatchReward):
-        scores = reward.score_all(prompts, responses)
+        try:
+            scores = reward.score_all([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        except (RewardError, ServerError) as error:
+            scores = [error] * len(pairs)
     else:
-        scores = [float(reward.score(prompt, response)) for prompt, response in pairs]
-    for score, (prompt, response) in zip(scores, pairs, strict=True):
-        if not math.isfinite(score):
-            raise RewardError(
-                f"reward {name!r} gave {score} for prompt {prompt.prompt_id} (task {prompt.task!r}: {prompt.text!r}) "
-                f"and response {response!r}: expected a finite number, one NaN would reach every weight of the model. "
-                "Return a number for every response; 0 for one that cannot be judged."
-            )
-    return scores
+        scores = [_score(reward, prompt, response) for prompt, response in pairs]
+    return [_finite(name, score, *pair) for score, pair in zip(scores, pairs, strict=True)]
+
+
+def _score(reward: Reward, prompt: Prompt, response: str) -> Score:
+    """What else a reward raises is our own mistake, or the user's, and ends the run."""
+    try:
+        return float(reward.score(prompt, response))
+    except (RewardError, DataError) as error:
+        return error
+
+
+def _finite(name: str, score: Score, prompt: Prompt, response: str) -> Score:
+    if isinstance(score, Exception) or math.isfinite(score):
+        return score
+    return RewardError(
+        f"reward {name!r} gave {score} for prompt {prompt.prompt_id} (task {prompt.task!r}: {prompt.text!r}) "
+        f"and response {response!r}: expected a finite number, one NaN would reach every weight of the model. "
+        "Return a number for every response; 0 for one that cannot be judged."
+    )

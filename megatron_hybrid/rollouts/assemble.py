@@ -18,7 +18,7 @@ class Sample:
     """One response as it was drawn."""
 
     token_ids: tuple[int, ...]
-    """The end-of-sequence token included, where there was one."""
+    """The end-of-sequence token included, where there was one; none: there is no response."""
     log_probs: Tensor | None
     """[len(token_ids)] fp32, nats; zeros on pipeline stages that do not sample; None, in all samples: not known."""
     truncated: bool
@@ -60,4 +60,5 @@ def assemble(
         temperature=temperature,
         policy_version=policy_version,
         seed=seed,
+        unanswered=tuple(not sample.token_ids for sample in samples),
     )

@@ -6,12 +6,16 @@ The log-probs are the engine's: other kernels, other rounding, and weights of `v
 that changes is corrected and measured as for any sampler (`rollout_correction`, `rollout_corr/*`, `policy_age`).
 Prompts are token ids, so the engine reads what the student reads; its tokenizer is never asked.
 
+A prompt that the server gave up on ends the run, or has no responses: rows of an empty mask, which nothing is learnt
+from (`on_failed`).
+
 Collectives: the samples of a replica, pickled, along pp, cp and tp.
 Not here: how the weights get there (`train/weight_sync.py`), temperatures other than 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +27,14 @@ from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.rollouts.assemble import Decode, Sample, assemble
 from megatron_hybrid.runtime.seeds import request_seed
 from megatron_hybrid.servers.engine import Completion, Engine, Sampling
+
+Failed = list[tuple[Prompt, ServerError]]
+"""Prompts that a server gave up on, with the reason."""
+
+
+def raise_first(failed: Failed) -> None:
+    """What is done with them unless somebody knows better."""
+    raise failed[0][1]
 
 
 @dataclass
@@ -40,6 +52,8 @@ class RemoteSampler:
     max_response_length: int = 64
     version: int = 0
     """Optimizer steps that the engine's weights have seen."""
+    on_failed: Callable[[Failed], None] = raise_first
+    """Told, on every rank of the replica, of prompts without responses; raises, or lets the run go on without them."""
 
     def sample(
         self, model: list[torch.nn.Module], prompts: list[Prompt], group_size: int, *, step: int, seed: int
@@ -54,9 +68,15 @@ class RemoteSampler:
         """
         p = self.parallel
         found = from_first(lambda: self._ask(prompts, group_size, step=step, seed=seed), (p.pp, p.cp, p.tp))
+        failed = [
+            (prompt, group) for prompt, group in zip(prompts, found, strict=True) if isinstance(group, ServerError)
+        ]
+        if failed:
+            self.on_failed(failed)
+        groups = [[_NOTHING] * group_size if isinstance(group, ServerError) else group for group in found]
         return assemble(
             [prompt for prompt in prompts for _ in range(group_size)],
-            [_sample(completion) for group in found for completion in group],
+            [_sample(completion) for group in groups for completion in group],
             group_id=[group for group in range(len(prompts)) for _ in range(group_size)],
             decode=self.decode,
             device=self.device,
@@ -65,12 +85,14 @@ class RemoteSampler:
             seed=seed,
         )
 
-    def _ask(self, prompts: list[Prompt], group_size: int, *, step: int, seed: int) -> list[list[Completion]]:
+    def _ask(
+        self, prompts: list[Prompt], group_size: int, *, step: int, seed: int
+    ) -> list[list[Completion] | ServerError]:
         asked = [(prompt.token_ids, request_seed(seed, step, prompt.prompt_id)) for prompt in prompts]
         sampling = Sampling(self.max_response_length, tuple(sorted(self.stop_ids)))
         found = self.engine.complete(asked, group_size, sampling)
         for prompt, group in zip(prompts, found, strict=True):
-            for completion in group:
+            for completion in [] if isinstance(group, ServerError) else group:
                 self._check(prompt, completion)
         return found
 
@@ -82,6 +104,9 @@ class RemoteSampler:
                 f"{max(ids)}: expected at most {self.max_response_length}, with ids below {self.vocab_size}, the "
                 "tokenizer's size. Serve a model with the student's own tokenizer."
             )
+
+
+_NOTHING = Completion((), (), False)
 
 
 def _sample(completion: Completion) -> Sample:

@@ -37,6 +37,32 @@ def credited(batches: Sequence[HybridMicrobatch], credit_for: CreditFor) -> list
     return done
 
 
+def without_rows(
+    batches: Sequence[HybridMicrobatch], response_mask: Tensor, dropped: Tensor, aggregation: str
+) -> list[HybridMicrobatch]:
+    """The micro-batches of `microbatches`, in its order, as if the dropped rows had no response.
+
+    response_mask  [b, s] bool, what they were made of
+    dropped        [b] bool: rows that give no gradient and are not counted
+
+    To be called on the last pipeline stage, before credit: rows are dropped for rewards that only it knows, and losses
+    and counts are made there alone. Other stages run the same sequences, and get a gradient of 0 for them. Waits for
+    the device.
+    """
+    done, first = [], 0
+    for batch in batches:
+        rows = slice(first, first + len(batch.prompts))
+        first = rows.stop
+        gone = dropped[rows]
+        if gone.any():
+            count, _ = normaliser(response_mask[rows] & ~gone[:, None], aggregation)
+            kept = (~gone[batch.sequence_of_token]).nonzero().squeeze(1)
+            # The smaller of the two: where another context-parallel rank counts, this one's count is 0 and stays so.
+            batch = replace(batch.take(kept), count=torch.minimum(batch.count, count))
+        done.append(batch)
+    return done
+
+
 def microbatches(
     rollouts: RolloutBatch,
     *,

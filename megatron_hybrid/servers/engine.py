@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_hybrid.errors import ServerError
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -37,22 +39,23 @@ class Engine(Protocol):
 
     def complete(
         self, prompts: Sequence[tuple[Sequence[int], int]], n: int, sampling: Sampling
-    ) -> list[list[Completion]]:
-        """`n` responses to each of (token ids, seed).
-
-        Raises:
-            ServerError: it is down, refuses, or answers something else.
-        """
+    ) -> list[list[Completion] | ServerError]:
+        """`n` responses to each of (token ids, seed); the error, where it is down, refuses, or answers something else
+        at every attempt."""
         ...
 
     def top_tokens(self, texts: Sequence[tuple[Sequence[int], int]], k: int) -> list[list[TopTokens]]:
         """For each of (token ids, first): the k likeliest tokens at positions first, first + 1, ... of the text, each
-        given what stands before it. Raises as `complete`."""
+        given what stands before it.
+
+        Raises:
+            ServerError: it is down, refuses, or answers something else at every attempt.
+        """
         ...
 
     def load_weights(self, folder: str) -> None:
         """Takes the weights of a Hugging Face folder that the server can read, and forgets what it knew of prompts.
-        Raises as `complete`."""
+        Raises as `top_tokens`."""
         ...
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
+from megatron_hybrid.errors import ServerError
 from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
 from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob
-from megatron_hybrid.servers.json_server import JsonServer
+from megatron_hybrid.servers.json_server import JsonServer, run_all
 
 WHOLE_DISTRIBUTION = {
     "temperature": 1.0,
@@ -49,17 +51,36 @@ class HttpEngine:
         )
         self._at_once = at_once
 
-    def _ask(self, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
-        return self._server.post_all(self.PATH, bodies, at_once=self._at_once)
+    def _ask[T](
+        self, bodies: Sequence[Mapping[str, Any]], reads: Sequence[Callable[[Any], T]]
+    ) -> list[T | ServerError]:
+        """What each `read` makes of the answer to its body, some asked at a time; or the error, of the last attempt."""
+
+        def ask(body: Mapping[str, Any], read: Callable[[Any], T]) -> T | ServerError:
+            try:
+                return self._server.post(self.PATH, body, read)
+            except ServerError as error:
+                return error
+
+        jobs = [partial(ask, body, read) for body, read in zip(bodies, reads, strict=True)]
+        return run_all(jobs, at_once=self._at_once)
 
     def _whole_completions(
-        self, found: list[Completion], reasons: Collection[str], n: int, answer: Any
+        self, found: list[Completion], reasons: Collection[str], n: int, room: int, answer: Any
     ) -> list[Completion]:
-        """`found`, of an answer to one prompt; raises ServerError unless these are n responses that have ended."""
-        whole = all(len(c.token_ids) == len(c.log_probs) > 0 and all(map(is_log_prob, c.log_probs)) for c in found)
+        """`found`, of an answer to one prompt; raises ServerError unless these are n responses that have ended, of at
+        most `room` tokens."""
+        whole = all(
+            0 < len(c.token_ids) == len(c.log_probs) <= room
+            and all(isinstance(token, int) for token in c.token_ids)
+            and all(map(is_log_prob, c.log_probs))
+            for c in found
+        )
         if len(found) != n or not whole or not set(reasons) <= {"length", "stop"}:
             raise self._server.broken(
-                self.PATH, f"should give {n} responses, each ended, with a log-prob for every token", answer
+                self.PATH,
+                f"should give {n} responses, each ended, of at most {room} tokens, with a log-prob for every token",
+                answer,
             )
         return found
 
@@ -74,3 +95,13 @@ class HttpEngine:
                 self.PATH, f"should give the {k} likeliest tokens at each of {length} positions", answer
             )
         return found
+
+
+def all_of[T](answers: Sequence[T | ServerError]) -> list[T]:
+    """The answers; raises the first error among them."""
+    found = []
+    for answer in answers:
+        if isinstance(answer, ServerError):
+            raise answer
+        found.append(answer)
+    return found

@@ -1,9 +1,9 @@
 """JSON over HTTP to a server that a run depends on: a body in, the answer's JSON out, or one clear error.
 
-Connections are kept and shared by threads; a failed connection, a timeout, and the statuses that a busy or restarting
-server gives (429, 500, 502, 503, 504) are tried again with growing pauses (urllib3). Every request is one that may be
-answered twice without harm. A key is taken from an environment variable, so that no address, error or configuration
-holds one. Not here: what bodies and answers mean.
+Connections are kept and shared by threads; a failed connection, a timeout, the statuses that a busy or restarting
+server gives (429, 500, 502, 503, 504), and an answer that cannot be used are tried again with growing pauses (urllib3).
+Every request is one that may be answered twice without harm. A key is taken from an environment variable, so that no
+address, error or configuration holds one. Not here: what bodies and answers mean.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import urllib3
 
 from megatron_hybrid.errors import ServerError
+
+Answer = urllib3.BaseHTTPResponse
 
 _BUSY = frozenset({429, 500, 502, 503, 504})
 _BUSY_WITH_ORDERS = _BUSY - {500}
@@ -73,32 +75,38 @@ class JsonServer:
             },
         )
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON of the answer.
+    def post[T](self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the answer's JSON.
+
+        read  raises ServerError (`broken`) of an answer that it cannot use. It is then asked for again, as one that is
+              no JSON: half an answer passes as a busy status does
 
         Raises:
-            ServerError: nobody answers, the answer has another status than 2xx, or is no JSON.
+            ServerError: nobody answers, the answer has another status than 2xx, or no attempt gives one to be used.
         """
-        return self._json(path, *self._exchange(path, body))
+        retries = self._retry
+        while True:
+            answer = self._exchange(path, body, retries)
+            self._require_done(path, answer)
+            try:
+                return read(self._json(path, answer))
+            except ServerError as unusable:
+                retries = self._once_more(answer, unusable)
 
     def tell(self, path: str, body: Mapping[str, Any] | None = None) -> None:
         """As `post`, for an order: the answer says nothing but that it was done. Status 500 says that it was not."""
-        self._require_done(path, *self._exchange(path, body, _BUSY_WITH_ORDERS), _BUSY_WITH_ORDERS)
-
-    def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]], *, at_once: int) -> list[Any]:
-        """The answers to many bodies, in their order, some asked at a time; the first error ends the waiting."""
-        return run_all([lambda body=body: self.post(path, body) for body in bodies], at_once=at_once)  # type: ignore[misc]
+        answer = self._exchange(path, body, self._retry.new(status_forcelist=_BUSY_WITH_ORDERS))
+        self._require_done(path, answer, _BUSY_WITH_ORDERS)
 
     def broken(self, path: str, why: str, answer: Any) -> ServerError:
         """The error of an answer that came and cannot be used."""
         return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {str(answer)[:_SHOWN]}")
 
-    def _exchange(self, path: str, body: Mapping[str, Any] | None, busy: frozenset[int] = _BUSY) -> tuple[int, str]:
+    def _exchange(self, path: str, body: Mapping[str, Any] | None, retries: urllib3.Retry) -> Answer:
         try:
             # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
             data = None if body is None else json.dumps(body)
-            retries = self._retry.new(status_forcelist=busy)
-            answer = self._pool.request("POST", self.url + path, body=data, retries=retries)
+            return self._pool.request("POST", self.url + path, body=data, retries=retries)
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerError(
@@ -106,19 +114,32 @@ class JsonServer:
                 f"{self._timeout_s:g} s: {cause}. The run cannot go on without it: start it, correct the address, or "
                 "allow more (--hybrid-server-timeout, --hybrid-server-retries)."
             ) from error
-        return answer.status, answer.data.decode("utf-8", errors="replace")
 
-    def _require_done(self, path: str, status: int, text: str, busy: frozenset[int] = _BUSY) -> None:
-        if not 200 <= status < 300:
-            tried = f" after {self._retries} more attempts" if status in busy else ""
-            raise self.broken(path, f"refuses with status {status}{tried}", text)
+    def _once_more(self, answer: Answer, unusable: ServerError) -> urllib3.Retry:
+        """The attempts left behind an answer that cannot be used, after a pause; raises `unusable` where none is."""
+        assert answer.retries is not None
+        try:
+            left = answer.retries.increment("POST", response=answer)
+        except urllib3.exceptions.MaxRetryError:
+            raise unusable from unusable.__cause__
+        left.sleep()
+        return left
 
-    def _json(self, path: str, status: int, text: str) -> Any:
-        self._require_done(path, status, text)
+    def _require_done(self, path: str, answer: Answer, busy: frozenset[int] = _BUSY) -> None:
+        if not 200 <= answer.status < 300:
+            tried = f" after {self._retries} more attempts" if answer.status in busy else ""
+            raise self.broken(path, f"refuses with status {answer.status}{tried}", _text(answer))
+
+    def _json(self, path: str, answer: Answer) -> Any:
+        text = _text(answer)
         try:
             return json.loads(text)
         except ValueError as error:
             raise self.broken(path, f"answers something that is no JSON ({error})", text) from error
+
+
+def _text(answer: Answer) -> str:
+    return answer.data.decode("utf-8", errors="replace")
 
 
 def run_all[T](jobs: Sequence[Callable[[], T]], *, at_once: int) -> list[T]:

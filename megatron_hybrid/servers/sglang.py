@@ -15,10 +15,12 @@ model behind it. SGLang itself was not run here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from megatron_hybrid.errors import ServerError
 from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, likeliest
-from megatron_hybrid.servers.http_engine import WHOLE_DISTRIBUTION, HttpEngine
+from megatron_hybrid.servers.http_engine import WHOLE_DISTRIBUTION, HttpEngine, all_of
 
 _WHOLE_DISTRIBUTION = WHOLE_DISTRIBUTION | {"top_k": -1}
 
@@ -30,7 +32,7 @@ class SglangEngine(HttpEngine):
 
     def complete(
         self, prompts: Sequence[tuple[Sequence[int], int]], n: int, sampling: Sampling
-    ) -> list[list[Completion]]:
+    ) -> list[list[Completion] | ServerError]:
         """See `Engine`; the seeds are not used."""
         how = {
             **_WHOLE_DISTRIBUTION,
@@ -39,7 +41,7 @@ class SglangEngine(HttpEngine):
             "stop_token_ids": list(sampling.stop_ids),
         }
         bodies = [{"input_ids": list(ids), "sampling_params": how, "return_logprob": True} for ids, _ in prompts]
-        return [self._completions(answer, n) for answer in self._ask(bodies)]
+        return self._ask(bodies, [partial(self._completions, n=n, room=sampling.max_tokens)] * len(bodies))
 
     def top_tokens(self, texts: Sequence[tuple[Sequence[int], int]], k: int) -> list[list[TopTokens]]:
         """See `Engine`."""
@@ -49,19 +51,19 @@ class SglangEngine(HttpEngine):
             "logprob_start_len": 0,
             "top_logprobs_num": k,
         }
-        answers = self._ask([{**common, "input_ids": list(ids)} for ids, _ in texts])
-        return [
-            self._positions(answer, first, len(ids), k) for answer, (ids, first) in zip(answers, texts, strict=True)
-        ]
+        bodies = [{**common, "input_ids": list(ids)} for ids, _ in texts]
+        reads = [partial(self._positions, first=first, length=len(ids), k=k) for ids, first in texts]
+        return all_of(self._ask(bodies, reads))
 
     def load_weights(self, folder: str) -> None:
         """See `Engine`."""
         path = "/update_weights_from_disk"
-        answer = self._server.post(path, {"model_path": folder})
-        if not (isinstance(answer, dict) and answer.get("success") is True):
+
+        answer: Any = self._server.post(path, {"model_path": folder}, lambda answer: answer)
+        if not (isinstance(answer, dict) and answer.get("success") is True):  # weights that do not fit will not later
             raise self._server.broken(path, f"did not take the weights in {folder}", answer)
 
-    def _completions(self, answer: Any, n: int) -> list[Completion]:
+    def _completions(self, answer: Any, n: int, room: int) -> list[Completion]:
         answers = answer if isinstance(answer, list) else [answer]
         try:
             infos = [one["meta_info"] for one in answers]
@@ -78,7 +80,7 @@ class SglangEngine(HttpEngine):
             raise self._server.broken(
                 self.PATH, f"gives nothing that a rollout can be made of ({error!r})", answer
             ) from error
-        return self._whole_completions(found, reasons, n, answer)
+        return self._whole_completions(found, reasons, n, room, answer)
 
     def _positions(self, answer: Any, first: int, length: int, k: int) -> list[TopTokens]:
         try:

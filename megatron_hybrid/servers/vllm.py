@@ -16,10 +16,12 @@ real model behind it. vLLM itself was not run here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from megatron_hybrid.errors import ServerError
 from megatron_hybrid.servers.engine import Completion, Sampling, TopTokens, likeliest
-from megatron_hybrid.servers.http_engine import WHOLE_DISTRIBUTION, HttpEngine
+from megatron_hybrid.servers.http_engine import WHOLE_DISTRIBUTION, HttpEngine, all_of
 
 _WHOLE_DISTRIBUTION = WHOLE_DISTRIBUTION | {"top_k": 0}
 
@@ -32,7 +34,7 @@ class VllmEngine(HttpEngine):
 
     def complete(
         self, prompts: Sequence[tuple[Sequence[int], int]], n: int, sampling: Sampling
-    ) -> list[list[Completion]]:
+    ) -> list[list[Completion] | ServerError]:
         """See `Engine`."""
         common = {
             **_WHOLE_DISTRIBUTION,
@@ -43,22 +45,21 @@ class VllmEngine(HttpEngine):
             "return_token_ids": True,
         }
         bodies = [{**common, "prompt": list(ids), "seed": seed} for ids, seed in prompts]
-        return [self._completions(answer, n) for answer in self._ask(bodies)]
+        return self._ask(bodies, [partial(self._completions, n=n, room=sampling.max_tokens)] * len(bodies))
 
     def top_tokens(self, texts: Sequence[tuple[Sequence[int], int]], k: int) -> list[list[TopTokens]]:
         """See `Engine`."""
         common = {**_WHOLE_DISTRIBUTION, "max_tokens": 1, "prompt_logprobs": k}
-        answers = self._ask([{**common, "prompt": list(ids)} for ids, _ in texts])
-        return [
-            self._positions(answer, first, len(ids), k) for answer, (ids, first) in zip(answers, texts, strict=True)
-        ]
+        bodies = [{**common, "prompt": list(ids)} for ids, _ in texts]
+        reads = [partial(self._positions, first=first, length=len(ids), k=k) for ids, first in texts]
+        return all_of(self._ask(bodies, reads))
 
     def load_weights(self, folder: str) -> None:
         """See `Engine`."""
         self._server.tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         self._server.tell("/reset_prefix_cache")
 
-    def _completions(self, answer: Any, n: int) -> list[Completion]:
+    def _completions(self, answer: Any, n: int, room: int) -> list[Completion]:
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             found = [
@@ -76,7 +77,7 @@ class VllmEngine(HttpEngine):
                 f"gives no {error}, which a rollout is made of: it takes a vLLM that knows return_token_ids",
                 answer,
             ) from error
-        return self._whole_completions(found, reasons, n, answer)
+        return self._whole_completions(found, reasons, n, room, answer)
 
     def _positions(self, answer: Any, first: int, length: int, k: int) -> list[TopTokens]:
         try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,9 @@ class MixturePayload(LogitsPayload):
             mixed = self._add(mixed, log_weight, part.logits(rows))
         assert mixed is not None
         return mixed.mul_(self.temperature)
+
+    def take(self, tokens: Tensor) -> MixturePayload:
+        return replace(self, parts=tuple(part.take(tokens) for part in self.parts))
 
     def _add(self, mixed: Tensor | None, log_weight: float, logits: Tensor) -> Tensor:
         """The log of the sum so far [rows, v/tp] fp32, and of the next teacher's part; written over the former."""

@@ -12,14 +12,14 @@ Not here: teachers whose forward pass has collectives over replicas (expert para
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import ConfigError, DataError
-from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, LogitsPayload, ModelInput, TeacherPayload
+from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, LogitsPayload, TeacherPayload
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import OTHERS
 
@@ -95,6 +95,16 @@ class TaskPayload(LogitsPayload):
             whole[tokens.to(whole.device)] = part.to(dtype)
         return whole
 
+    def take(self, tokens: Tensor) -> TaskPayload:
+        kept = tokens.cpu()
+        answers = []
+        for own, payload in self.answers:
+            mine = torch.isin(own, kept)
+            answers.append(
+                (torch.searchsorted(kept, own[mine]), payload.take(mine.nonzero().squeeze(1).to(tokens.device)))
+            )
+        return TaskPayload(tuple(answers))
+
 
 def _together(answers: list[_Answer]) -> TeacherPayload:
     if len(answers) == 1:
@@ -111,22 +121,5 @@ def _together(answers: list[_Answer]) -> TeacherPayload:
 
 
 def _only(batch: HybridMicrobatch, tokens: Tensor) -> HybridMicrobatch:
-    """The micro-batch with these of its response tokens; its sequences stay whole."""
-    if len(tokens) == len(batch.targets):
-        return batch
-    index = tokens.to(batch.targets.device)
-
-    def reads(model_input: ModelInput) -> ModelInput:
-        return replace(model_input, token_rows=model_input.token_rows[index])
-
-    student = reads(batch.student)
-    return replace(
-        batch,
-        student=student,
-        teacher_input=student if batch.teacher_input is batch.student else reads(batch.teacher_input),
-        sequence_of_token=batch.sequence_of_token[index],
-        position_of_token=batch.position_of_token[index],
-        targets=batch.targets[index],
-        token_scale=batch.token_scale[index],
-        sampled_logprobs=None if batch.sampled_logprobs is None else batch.sampled_logprobs[index],
-    )
+    """The micro-batch with these of its response tokens."""
+    return batch if len(tokens) == len(batch.targets) else batch.take(tokens.to(batch.targets.device))

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.records import HybridMicrobatch, RolloutBatch, Weigh
+from megatron_hybrid.records import HybridMicrobatch, RewardBatch, RolloutBatch, Weigh
 from megatron_hybrid.returns.baselines import reward_advantages
 from megatron_hybrid.returns.corrections import Correction
 from megatron_hybrid.returns.reward_statistics import RunningMean
@@ -37,6 +37,19 @@ class Scored:
     """[b] fp32: rewards after the baseline."""
     breakdown: dict[str, Tensor] = field(default_factory=dict)
     """Of several rewards, the scores of each before its weight [b] fp32, by name."""
+    failed: Tensor | None = None
+    """[b] bool: rewards that could not be made and count as 0; None: there are none."""
+    dropped: Tensor | None = None
+    """[b] bool: whole groups that nothing is learnt from; None: there are none."""
+
+    def rewarded(self, scores: RewardBatch, *, drop_failed: bool) -> Scored:
+        """With rewards; the group of a response that has none, and of one that was never given, is dropped."""
+        rollouts = self.rollouts
+        lost = torch.tensor(rollouts.unanswered or (False,) * len(rollouts.prompts), device=rollouts.tokens.device)
+        if drop_failed and scores.failed is not None:
+            lost = lost | scores.failed
+        dropped = torch.isin(rollouts.group_id, rollouts.group_id[lost]) if lost.any() else None
+        return replace(self, rewards=scores.rewards, breakdown=scores.breakdown, failed=scores.failed, dropped=dropped)
 
     def take(self, rows: Sequence[int]) -> Scored:
         """These rows, in this order."""
@@ -46,6 +59,8 @@ class Scored:
             None if self.rewards is None else self.rewards[index],
             None if self.advantages is None else self.advantages[index],
             {name: scores[index] for name, scores in self.breakdown.items()},
+            None if self.failed is None else self.failed[index],
+            None if self.dropped is None else self.dropped[index],
         )
 
 
@@ -65,15 +80,17 @@ class Credit:
         if scored.rewards is None or scored.advantages is not None:
             return scored
         group = self.parallel.dp.group
+        kept = None if scored.dropped is None else ~scored.dropped
         advantages = reward_advantages(
             scored.rewards,
             scored.rollouts.group_id,
             self.config.baseline,
             dp_group=group,
             running_mean=self.running_mean.value,
+            kept=kept,
         )
         if self.config.baseline == "running_mean":
-            self.running_mean = self.running_mean.updated(scored.rewards, dp_group=group)
+            self.running_mean = self.running_mean.updated(scored.rewards, dp_group=group, kept=kept)
         return replace(scored, advantages=advantages)
 
     def credit_for(self, scored: Scored, *, step: int, metrics: Metrics) -> CreditFor:

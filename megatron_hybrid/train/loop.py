@@ -40,11 +40,12 @@ from megatron_hybrid.rollouts.remote import RemoteSampler
 from megatron_hybrid.schedule.forward_step import HybridForwardStep
 from megatron_hybrid.schedule.inject import ScheduleCall
 from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
-from megatron_hybrid.schedule.microbatch import credited, microbatches
+from megatron_hybrid.schedule.microbatch import credited, microbatches, without_rows
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
 from megatron_hybrid.train.collection import fingerprint, load_collection, save_collection
 from megatron_hybrid.train.credit import Credit, Scored
+from megatron_hybrid.train.failed_samples import FailedSamples
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
 from megatron_hybrid.train.pretraining import PretrainingData
 from megatron_hybrid.train.report import RunReport
@@ -86,6 +87,8 @@ class OnlineLoop:
     weight_sync: WeightSync | None
     """Where a server samples and is given the student's weights."""
     rubric: Rubric
+    failed_samples: FailedSamples
+    """What becomes of responses that could not be scored, or were not given."""
     build_teachers: Callable[[list[torch.nn.Module]], Teachers]
     """From the student's chunks, which are known once Megatron calls its schedule."""
     tasks: tuple[str, ...]
@@ -250,7 +253,9 @@ class OnlineLoop:
             with self._clock.stage("rollout"):
                 collection = Scored(self._sample(call, num_rows))
             with self._clock.stage("reward"):  # all of it, where the rubric is bound to this thread
-                wait = start_scoring(collection.rollouts, self.rubric, self.parallel)
+                wait = start_scoring(
+                    collection.rollouts, self.rubric, self.parallel, on_failed=self.failed_samples.rewards_failed
+                )
         rows = list(range(num_rows)) if call.forward_only else self._rows_of_step(num_rows)
         with self._clock.stage("teacher"):
             batches = microbatches(
@@ -264,11 +269,14 @@ class OnlineLoop:
             with self._clock.stage("reward"):
                 scores = wait()
             if scores is not None:
-                collection = dataclasses.replace(collection, rewards=scores.rewards, breakdown=scores.breakdown)
+                collection = collection.rewarded(scores, drop_failed=self.failed_samples.drops_rewards)
         with self._clock.stage("credit"):
             if not call.forward_only:
                 self._collection = collection = self.credit.collected(collection)
             learns_from = collection.take(rows)
+            if (dropped := learns_from.dropped) is not None:
+                mask = learns_from.rollouts.response_mask
+                batches = without_rows(batches, mask, dropped, self.config.aggregation)
             if learns_from.rewards is not None:
                 self._measure_rollouts(learns_from, learns_from.rewards)
             if learns_from.advantages is not None:
@@ -323,6 +331,8 @@ class OnlineLoop:
             scored.rollouts,
             rewards,
             scored.breakdown,
+            failed=scored.failed,
+            dropped=scored.dropped,
             reward_weight=self.config.at(self._step).reward_weight,
             tasks=self.tasks,
             counts_tokens=self.parallel.cp.rank == 0,

@@ -24,6 +24,8 @@ def measure_rollouts(
     rewards: Tensor,
     breakdown: Mapping[str, Tensor],
     *,
+    failed: Tensor | None = None,
+    dropped: Tensor | None = None,
     reward_weight: float,
     tasks: Sequence[str],
     counts_tokens: bool,
@@ -32,22 +34,28 @@ def measure_rollouts(
 
     rewards        [b] fp32
     breakdown      of several rewards, the scores of each before its weight [b], by name
+    failed         [b] bool: rewards that could not be made; None: there are none
+    dropped        [b] bool: responses that nothing is learnt from, and of which nothing else is said; None: likewise
     tasks          every task there can be: ranks must report the same names, whatever they drew
     counts_tokens  False where another rank holds, and counts, the same rollouts
     """
-    metrics.spread("critic/score", rewards)
-    metrics.spread("critic/rewards", reward_weight * rewards)
+    counts = {"failed_rewards": failed, "dropped_responses": dropped}
+    for name, flags in (counts | {"failed_rollouts": torch.tensor(rollouts.unanswered)}).items():
+        metrics.sum(f"training/{name}", 0.0 if flags is None or not counts_tokens else flags.float())
+    kept = torch.ones_like(rewards, dtype=torch.bool) if dropped is None else ~dropped
+    metrics.spread("critic/score", rewards, mask=kept)
+    metrics.spread("critic/rewards", reward_weight * rewards, mask=kept)
     for name, scores in breakdown.items():
-        metrics.mean(f"rewards/{name}/mean", scores)
+        metrics.mean(f"rewards/{name}/mean", scores, weights=kept)
     drawn = [prompt.task for prompt in rollouts.prompts]
     for task in tasks:
-        of_task = torch.tensor([name == task for name in drawn], device=rewards.device).float()
+        of_task = torch.tensor([name == task for name in drawn], device=rewards.device) & kept
         metrics.mean(f"critic/score/{task}", rewards, weights=of_task)
         for name, scores in breakdown.items():
             metrics.mean(f"rewards/{name}/{task}", scores, weights=of_task)
     lengths = rollouts.response_mask.sum(dim=1).float()
-    metrics.spread("response_length", lengths)
-    metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float())
+    metrics.spread("response_length", lengths, mask=kept)
+    metrics.mean("response_length/clip_ratio", torch.tensor(rollouts.truncated).float(), weights=kept.cpu())
     prompt_lengths = torch.tensor([float(len(prompt.token_ids)) for prompt in rollouts.prompts])
     metrics.mean("prompt_length/mean", prompt_lengths)
     counted = float(lengths.sum()) + float(prompt_lengths.sum())

@@ -30,6 +30,7 @@ from megatron_hybrid.schedule.layout import SequenceLayout
 from megatron_hybrid.schedule.response_loss import Runtime
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import SELF
+from megatron_hybrid.train.failed_samples import FailedSamples
 from megatron_hybrid.train.loop import OnlineLoop, Teachers
 from megatron_hybrid.train.prepare import Prepared, prepare
 from megatron_hybrid.train.pretraining import ScriptData
@@ -177,7 +178,8 @@ def _build_loop(
     layout = SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=online.pack_sequences)
     if config.pretraining_microbatches and layout.same_width:
         layout = replace(layout, least_width=args.seq_length)  # that of the script's own batches
-    sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel)
+    failed_samples = FailedSamples(online, parallel)
+    sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel, failed_samples)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
     return OnlineLoop(
         args=args,
@@ -192,6 +194,7 @@ def _build_loop(
         pretraining=script.open(num_samples, args, config, parallel),
         weight_sync=weight_sync,
         rubric=prepared.rubric,
+        failed_samples=failed_samples,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
         saved_state=_saved_state(args) if config.baseline == "running_mean" else {},
@@ -202,7 +205,7 @@ def _build_loop(
 
 
 def _build_samplers(
-    prepared: Prepared, parallel: ParallelContext
+    prepared: Prepared, parallel: ParallelContext, failed_samples: FailedSamples
 ) -> tuple[Sampler | RecordedSampler | RemoteSampler, Sampler | RemoteSampler, WeightSync | None]:
     """Who samples for training and for evaluation, and what keeps their weights fresh where they are on a server."""
     from megatron_hybrid.rollouts.generate import Sampler
@@ -224,7 +227,7 @@ def _build_samplers(
     if online.rollout_server is None:
         return own if online.rollouts is None else RecordedSampler(own.decode, own.device), own, None
     engine = build_engine(online.rollout_server, "the rollout server", online)
-    remote = RemoteSampler(engine, **common)
+    remote = RemoteSampler(engine, **common, on_failed=failed_samples.rollouts_failed)
     if online.rollout_sync_interval is None:
         return remote, own, None  # the server's model never changes: held-out numbers are to be the student's
     folder = weights_folder(online.run_dir, online.rollout_sync_dir)

@@ -2,17 +2,18 @@
 
     rollouts -> one rank of the last stage scores them in a thread -> [wait] -> broadcast over cp and tp -> RewardBatch
 
+What becomes of responses whose reward fails is asked where they are scored (`failed_samples.py`): it may end the run.
 The other stages know no rewards, and need none. A rubric that is bound to the main thread is scored there, at once.
 Scores are made on the CPU and moved by the thread that waits. The breakdown of several rewards travels with their sum;
 of one it would say the same again.
-Collectives, on the thread that waits: along each axis a broadcast of b + 1 numbers in fp32, of k > 1 rewards
-(1 + k) b + 1, the last of which says whether there are scores; where there are none, the error in their place.
+Collectives, on the thread that waits: along each axis a broadcast of 2 b + 1 numbers in fp32, of k > 1 rewards
+(2 + k) b + 1, the last of which says whether there are scores; where there are none, the error in their place.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import torch
@@ -27,10 +28,22 @@ from megatron_hybrid.rewards.rubric import Rubric
 Wait = Callable[[], RewardBatch | None]
 
 
-def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelContext) -> Wait:
+OnFailed = Callable[[RolloutBatch, Mapping[int, Exception]], None]
+
+
+def raise_first(rollouts: RolloutBatch, errors: Mapping[int, Exception]) -> None:
+    """What is done about rewards that fail unless somebody knows better."""
+    raise errors[min(errors)]
+
+
+def start_scoring(
+    rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelContext, *, on_failed: OnFailed = raise_first
+) -> Wait:
     """Begins to score; the function returned waits, and gives the rewards on every rank of the last stage.
 
-    It is to be called once, on all ranks of the stage, and raises on all of them what a reward raised.
+    It is to be called once, on all ranks of the stage, and raises on all of them what a reward or `on_failed` raised.
+
+    on_failed  told of rows whose reward failed, if there are any, on the rank and in the thread that scores
     """
     if not parallel.is_last_stage:
         return lambda: None
@@ -40,19 +53,21 @@ def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelCont
     if all(axis.rank == 0 for axis in axes):
         result = Future()
         if rubric.main_thread_only:
-            _score(rollouts, rubric, result)
+            _score(rollouts, rubric, on_failed, result)
         else:
             # A daemon: a reward that never returns must not keep a process alive whose other threads are done.
-            threading.Thread(target=_score_beside, args=(rollouts, rubric, result), name="rewards", daemon=True).start()
+            what = (rollouts, rubric, on_failed, result)
+            threading.Thread(target=_score_beside, args=what, name="rewards", daemon=True).start()
 
     def scores() -> Tensor:
         assert result is not None
         scored = result.result()
-        return torch.stack([scored.rewards, *(scored.breakdown[name] for name in names)])
+        failed = torch.zeros_like(scored.rewards) if scored.failed is None else scored.failed.float()
+        return torch.stack([scored.rewards, failed, *(scored.breakdown[name] for name in names)])
 
     def spread() -> Tensor:
         """The scores, on ranks that have none of their own too."""
-        shape = (1 + len(names), len(rollouts.prompts))
+        shape = (2 + len(names), len(rollouts.prompts))
         sent = torch.zeros(shape[0] * shape[1] + 1, device=rollouts.tokens.device)
         if result is not None:
             try:
@@ -67,21 +82,24 @@ def start_scoring(rollouts: RolloutBatch, rubric: Rubric, parallel: ParallelCont
     def wait() -> RewardBatch:
         table = scores() if all(axis.size == 1 for axis in axes) else spread()
         table = table.to(rollouts.tokens.device)
-        return RewardBatch(table[0], dict(zip(names, table[1:], strict=True)))
+        return RewardBatch(table[0], dict(zip(names, table[2:], strict=True)), failed=table[1] > 0)
 
     return wait
 
 
-def _score(rollouts: RolloutBatch, rubric: Rubric, result: Future[RewardBatch]) -> None:
+def _score(rollouts: RolloutBatch, rubric: Rubric, on_failed: OnFailed, result: Future[RewardBatch]) -> None:
     try:
-        result.set_result(rubric.score(rollouts))
+        scored = rubric.score(rollouts)
+        if scored.errors:
+            on_failed(rollouts, scored.errors)
+        result.set_result(scored)
     except Exception as error:  # it belongs to the one who waits
         result.set_exception(error)
 
 
-def _score_beside(rollouts: RolloutBatch, rubric: Rubric, result: Future[RewardBatch]) -> None:
+def _score_beside(rollouts: RolloutBatch, rubric: Rubric, on_failed: OnFailed, result: Future[RewardBatch]) -> None:
     """As `_score`, in a thread of its own: whatever ends it, nobody else would say so."""
     try:
-        _score(rollouts, rubric, result)
+        _score(rollouts, rubric, on_failed, result)
     except BaseException as error:
         result.set_exception(error)

@@ -19,17 +19,24 @@ Shard = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 
 
 def gradient(
-    overrides: dict[str, Any], problem: Problem, packed: bool = False, *, drop_empty: bool = False
+    overrides: dict[str, Any],
+    problem: Problem,
+    packed: bool = False,
+    *,
+    drop_empty: bool = False,
+    failed: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """This rank's shards, and what the schedule reported (last stage).
 
     drop_empty  leave out the micro-batches without a response token
+    failed      rows whose reward could not be made: their groups are dropped
     """
     from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.records import RewardBatch
     from megatron_hybrid.returns.baselines import reward_advantages
     from megatron_hybrid.schedule.forward_step import HybridForwardStep
     from megatron_hybrid.schedule.layout import SequenceLayout
-    from megatron_hybrid.schedule.microbatch import credited, microbatches
+    from megatron_hybrid.schedule.microbatch import credited, microbatches, without_rows
     from megatron_hybrid.teachers.frozen import FrozenTeacher
     from megatron_hybrid.train.credit import Credit, Scored
     from tests.tiny import build, megatron, set_weights, start
@@ -47,7 +54,9 @@ def gradient(
         # Over the whole batch: with more than one replica a group may be cut, which the online loop never does.
         advantages = reward_advantages(torch.tensor(REWARDS), batch.group_id, "rloo")
         assert size % GROUP == 0 or problem.cost_baseline == "none"
-        scored = Scored(batch, torch.tensor(REWARDS), advantages).take(rows)
+        scored = Scored(batch, advantages=advantages).take(rows)
+        flags = torch.tensor([row in failed for row in rows])
+        scored = scored.rewarded(RewardBatch(torch.tensor(REWARDS)[list(rows)], failed=flags), drop_failed=True)
         step = HybridForwardStep(problem.config)
         batches = microbatches(
             scored.rollouts,
@@ -55,9 +64,11 @@ def gradient(
             aggregation=problem.aggregation,
             layout=SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=packed),
         )
-        batches = credited(batches, Credit(problem.config, parallel).credit_for(scored, step=0, metrics=step.metrics))
         payloads = FrozenTeacher(teacher_model, parallel).annotate(batches)
         batches = [dataclasses.replace(b, teacher=p) for b, p in zip(batches, payloads, strict=True)]
+        if scored.dropped is not None:
+            batches = without_rows(batches, scored.rollouts.response_mask, scored.dropped, problem.aggregation)
+        batches = credited(batches, Credit(problem.config, parallel).credit_for(scored, step=0, metrics=step.metrics))
 
         if drop_empty:
             batches = [b for b in batches if len(b.targets)]

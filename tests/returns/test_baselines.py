@@ -96,3 +96,32 @@ def test_an_infinite_cost_stays_in_its_own_group(future_cost: str):
     assert together[: 2 * length].abs().max() > 0, "the clean group has credit"
     # Nobody in the other group has one where an infinite cost lies ahead, in the response or in its peer.
     assert together[2 * length :].view(2, length)[:, :2].abs().max() == 0
+
+
+KEPT = torch.tensor([True, True, True, False, False, False])
+
+
+@pytest.mark.parametrize("baseline", ["none", "rloo", "grpo", "reinforce_plus_plus", "running_mean"])
+def test_a_dropped_group_is_as_if_it_had_not_been_there(baseline):
+    rewards = torch.tensor([0.0, 1.0, 5.0, 100.0, 0.0, 7.0])
+    groups = torch.tensor([3, 3, 3, 8, 8, 8])
+    found = reward_advantages(rewards, groups, baseline, kept=KEPT, running_mean=0.5)
+    alone = reward_advantages(rewards[:3], groups[:3], baseline, running_mean=0.5)
+    assert torch.equal(found, torch.cat([alone, torch.zeros(3)]))
+
+
+@pytest.mark.parametrize("baseline", ["none", "rloo", "grpo", "reinforce_plus_plus", "running_mean"])
+@pytest.mark.parametrize("kept", [0, 2], ids=["nothing", "one group"])
+def test_of_equal_rewards_or_of_nothing_no_advantage_is_nan(baseline, kept):
+    rewards, groups = torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1])
+    found = reward_advantages(rewards, groups, baseline, kept=torch.arange(4) < kept, running_mean=0.1)
+    assert found.isfinite().all() and not found[kept:].any()
+    if baseline != "none":
+        # 0.1 is stored in fp32, the mean given in fp64: they differ by a rounding.
+        assert found.abs().max() < 1e-7
+
+
+def test_the_one_response_that_is_kept_of_a_batch_has_nobody_to_be_compared_with():
+    rewards, groups = torch.tensor([3.0, 5.0]), torch.tensor([0, 1])
+    kept = torch.tensor([True, False])
+    assert reward_advantages(rewards, groups, "reinforce_plus_plus", kept=kept).tolist() == [0, 0]

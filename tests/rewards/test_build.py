@@ -32,8 +32,10 @@ def test_a_weighted_sum_of_three_kinds_of_reward():
     assert batch.rewards.tolist() == pytest.approx([2 - 0.5 + 2, 0 - 0.5 + 3])
 
 
-def test_one_reward_of_the_main_thread_binds_the_rubric_to_it():
-    assert build_rubric(OnlineConfig(reward="tests.rewards.user_rewards:in_main_thread")).main_thread_only
+def test_one_reward_of_the_main_thread_binds_the_rubric_to_it_unless_it_has_a_process_of_its_own():
+    own = "1*exact_match,1*tests.rewards.user_rewards:in_main_thread"
+    assert build_rubric(OnlineConfig(reward=own, reward_workers=0)).main_thread_only
+    assert not build_rubric(OnlineConfig(reward=own)).main_thread_only
     assert not build_rubric(OnlineConfig(reward="exact_match")).main_thread_only
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hybrid.errors import ServerError
+from megatron_hybrid.errors import RewardError, ServerError
 from megatron_hybrid.records import Prompt
 from megatron_hybrid.rewards.http import HttpReward
 from tests.http_server import serve
@@ -114,13 +114,31 @@ def test_a_server_that_hangs_is_given_up_after_its_time():
         ("<html>", "answers something that is no JSON .*It answered: <html>"),
         ([1, 2, 3], "with 3 numbers, one per response. It answered: "),
         ({"rewards": [1, 2]}, "with 3 numbers, one per response. It answered: "),
-        ({"rewards": [1, "2", 3]}, "gave '2' for prompt 1, not a number"),
-        ({"rewards": [1, None, 3]}, "gave None for prompt 1, not a number"),
+        ('{"rewards": [1, 2', "answers something that is no JSON"),
     ],
 )
-def test_an_answer_that_cannot_be_used_is_shown(said, message):
-    with serve(lambda path, body: (200, said)) as url, pytest.raises(ServerError, match=message):
-        reward(url).score_all(PROMPTS, RESPONSES)
+def test_an_answer_that_cannot_be_used_is_asked_for_again_and_then_shown(said, message):
+    calls = []
+
+    def answer(path, body):
+        calls.append(path)
+        return 200, said
+
+    with serve(answer) as url:
+        with pytest.raises(ServerError, match=message):
+            reward(url).score_all(PROMPTS, RESPONSES)
+        assert len(calls) == 3
+        calls.clear()
+    with serve(lambda path, body: answer(path, body) if len(calls) < 2 else lengths(path, body)) as url:
+        assert reward(url).score_all(PROMPTS, RESPONSES) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("said", ["2", None, [2], 10**400])
+def test_what_is_no_number_is_the_error_of_its_response_alone(said):
+    with serve(lambda path, body: (200, {"rewards": [1, said, 3]})) as url:
+        first, second, third = reward(url).score_all(PROMPTS, RESPONSES)
+    assert (first, third) == (1, 3)
+    assert isinstance(second, RewardError) and f"gave {said!r} for prompt 1, not a number" in str(second)
 
 
 def test_a_metric_is_named_after_host_port_and_path_without_the_query():

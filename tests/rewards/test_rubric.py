@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_hybrid.errors import ConfigError, RewardError
+from megatron_hybrid.errors import ConfigError, RewardError, ServerError
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.rewards.rubric import Rubric
 
@@ -68,8 +68,45 @@ def test_no_rollouts_give_no_rewards():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_reported_with_its_reward_prompt_and_response(value):
+    batch = Rubric({"fine": (Constant(1), 1.0), "bad": (Constant(value), 2.0)}).score(rollouts(["what"]))
+    assert batch.failed.tolist() == [True] and batch.rewards.tolist() == [1.0], "it counts as 0"
     with pytest.raises(RewardError, match=r"'bad' gave (nan|inf|-inf) for prompt 0 \(task 'file': '\?'\).*'what'"):
-        Rubric({"fine": (Constant(1), 1.0), "bad": (Constant(value), 0.0)}).score(rollouts(["what"]))
+        raise batch.errors[0]
+
+
+class Picky:
+    """Judges all at once; or nothing at all."""
+
+    name = "picky"
+    main_thread_only = False
+
+    def __init__(self, down=False):
+        self.down = down
+        self.asked = []
+
+    def score_all(self, prompts, responses):
+        self.asked.extend(responses)
+        if self.down:
+            raise ServerError("it is down")
+        return [RewardError("not this one") if response == "b" else 1.0 for response in responses]
+
+
+def test_a_failed_row_keeps_the_scores_of_its_other_rewards_and_the_rows_beside_it_theirs():
+    batch = Rubric({"length": (Length(), 1.0), "picky": (Picky(), 10.0)}).score(rollouts(["aaa", "b"]))
+    assert batch.rewards.tolist() == [13, 1] and batch.failed.tolist() == [False, True]
+    assert [str(error) for error in batch.errors.values()] == ["not this one"] and list(batch.errors) == [1]
+
+
+def test_a_reward_that_judges_nothing_fails_for_every_response():
+    batch = Rubric({"picky": (Picky(down=True), 1.0)}).score(rollouts(["a", "b"]))
+    assert batch.failed.tolist() == [True, True] and batch.rewards.tolist() == [0, 0]
+
+
+def test_a_response_that_was_never_given_is_not_judged_and_has_not_failed():
+    reward, batch = Picky(), rollouts(["", "a"])
+    object.__setattr__(batch, "unanswered", (True, False))
+    scored = Rubric({"picky": (reward, 1.0)}).score(batch)
+    assert reward.asked == ["a"] and scored.rewards.tolist() == [0, 1] and not scored.failed.any()
 
 
 def test_an_exception_of_a_reward_is_not_swallowed():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from math import inf
 from typing import Any
 
 import pytest
@@ -9,12 +11,13 @@ import torch
 
 from megatron_hybrid.errors import ServerError
 from megatron_hybrid.parallel import GroupView, ParallelContext
-from megatron_hybrid.records import Prompt
+from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.rollouts.remote import RemoteSampler
+from megatron_hybrid.schedule.microbatch import microbatches
 from megatron_hybrid.servers.vllm import VllmEngine
 from tests.checkpoint.tiny_llama import VOCAB, make_folder
 from tests.engine_server import serve_model
-from tests.http_server import serve
+from tests.http_server import closes, half, serve, slow
 
 PROMPTS = [Prompt(4, (5, 9, 20), "", "t"), Prompt(9, (7,), "", "t")]
 
@@ -102,3 +105,89 @@ def test_the_error_of_the_one_who_asks_reaches_all(rank_pool):
     with serve(lambda path, body: (400, "this model's maximum context length is 3")) as url:
         first, second = rank_pool(2).run(sampled_on_rank, url, "tp")
     assert first == second and "refuses with status 400. It answered: this model's maximum context" in first
+
+
+WHOLE = {"index": 0, "finish_reason": "stop", "token_ids": [4, 1], "logprobs": {"token_logprobs": [-1, -2]}}
+GOOD = {"choices": [WHOLE]}
+
+
+def _choice(**changes: Any) -> dict[str, Any]:
+    return {"choices": [WHOLE | changes]}
+
+
+FAULTS: dict[str, tuple[int, Any]] = {
+    "slow": (200, slow(5)),
+    "500": (500, "out of memory"),
+    "closes": (200, closes),
+    "half": (200, half(json.dumps(GOOD))),
+    "half a JSON": (200, json.dumps(GOOD)[:40]),
+    "no JSON": (200, "<html>"),
+    "another JSON": (200, {"error": "no"}),
+    "too few log-probs": (200, _choice(token_ids=[4, 5, 1])),
+    "too many responses": (200, {"choices": [WHOLE] * 2}),
+    "too many tokens": (200, _choice(token_ids=[4] * 6, logprobs={"token_logprobs": [-1] * 6})),
+    "log-prob above 0": (200, _choice(logprobs={"token_logprobs": [-1, 0.5]})),
+    "log-prob NaN": (200, _choice(logprobs={"token_logprobs": [-1, float("nan")]})),
+    "tokens in words": (200, _choice(token_ids=["4", "1"])),
+}
+
+
+def faulty(fault: str, asked: list[Any], *, times: float) -> Any:
+    """The second prompt's requests meet the fault so many times, and are answered then."""
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        asked.append(body["prompt"])
+        broken = body["prompt"] == list(PROMPTS[1].token_ids) and asked.count(body["prompt"]) <= times
+        return FAULTS[fault] if broken else (200, GOOD)
+
+    return answer
+
+
+def sampled(url: str, fault: str, retries: int, **changes: Any) -> RolloutBatch:
+    timeout_s = 1 if fault == "slow" else 30
+    engine = VllmEngine(url, "the rollout server", at_once=4, timeout_s=timeout_s, retries=retries, pause_s=0.001)
+    return sampler(url, engine=engine, **changes).sample([], PROMPTS, 1, step=0, seed=1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes_costs_nothing_but_time(fault):
+    asked: list[Any] = []
+    with serve(faulty(fault, asked, times=2)) as url:
+        batch = sampled(url, fault, retries=2)
+    assert asked.count(list(PROMPTS[1].token_ids)) == 3
+    assert batch.unanswered == (False, False) and batch.responses == ("4 1", "4 1")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_stays_leaves_rows_without_a_response(fault):
+    told: list[Any] = []
+    with serve(faulty(fault, [], times=inf)) as url:
+        batch = sampled(url, fault, retries=1, on_failed=told.extend)
+        with pytest.raises(ServerError, match="the rollout server at"):
+            sampled(url, fault, retries=0)
+    ((prompt, error),) = told
+    assert prompt.prompt_id == 9 and isinstance(error, ServerError)
+    assert batch.unanswered == (False, True) and batch.responses == ("4 1", "")
+    assert batch.response_mask.sum(dim=1).tolist() == [2, 0]
+    assert not batch.sampled_logprobs[1].any() and batch.tokens[1].tolist() == [7, 0, 0, 0, 0]
+
+
+def test_of_nothing_but_unanswered_prompts_micro_batches_can_be_made():
+    with serve(lambda path, body: (500, "down")) as url:
+        batch = sampled(url, "500", retries=0, on_failed=lambda failed: None)
+    (one,) = microbatches(batch, micro_batch_size=2, aggregation="token-mean")
+    assert batch.unanswered == (True, True) and len(one.targets) == 0 and one.count == 0
+
+
+def told_on_rank(url: str) -> tuple[list[int], tuple[bool, ...]]:
+    told: list[Any] = []
+    group = GroupView.of(torch.distributed.group.WORLD)
+    engine = {} if group.rank == 0 else {"engine": Nobody()}
+    found = sampler(url, parallel=ParallelContext(pp=group), on_failed=told.extend, **engine)
+    batch = found.sample([], PROMPTS, 1, step=0, seed=1)
+    return [prompt.prompt_id for prompt, _ in told], batch.unanswered
+
+
+def test_every_rank_of_a_replica_is_told_of_the_same_prompts(rank_pool):
+    with serve(faulty("another JSON", [], times=inf)) as url:
+        assert rank_pool(2).run(told_on_rank, url) == [([9], (False, True))] * 2

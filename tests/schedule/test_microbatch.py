@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats
-from megatron_hybrid.schedule.microbatch import credited, microbatches
+from megatron_hybrid.config import AGGREGATIONS
+from megatron_hybrid.records import HybridMicrobatch, Prompt, RolloutBatch, TokenStats, TopKPayload
+from megatron_hybrid.schedule.microbatch import credited, microbatches, without_rows
 
 BORDERS = (2, 1, 3, 2)
 LENGTHS = (2, 4, 0, 4)
@@ -150,3 +151,33 @@ def test_a_micro_batch_without_any_response_has_no_rows_and_counts_nothing():
 def test_rollouts_that_do_not_divide_are_our_own_mistake():
     with pytest.raises(AssertionError, match="4 rollouts do not divide into micro-batches of 3"):
         cut(rollouts(), 3)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_dropped_row_leaves_what_a_row_without_a_response_does(size, aggregation):
+    batch, dropped = rollouts(), torch.tensor([False, True, False, False])
+    without = dataclasses.replace(batch, response_mask=batch.response_mask & ~dropped[:, None])
+    given = [
+        dataclasses.replace(micro, teacher=TopKPayload(micro.targets[:, None], -micro.targets[:, None] / 1))
+        for micro in microbatches(batch, micro_batch_size=size, aggregation=aggregation)
+    ]
+    expected = microbatches(without, micro_batch_size=size, aggregation=aggregation)
+    for found, micro in zip(without_rows(given, batch.response_mask, dropped, aggregation), expected, strict=True):
+        for name in ("sequence_of_token", "position_of_token", "targets", "token_scale", "count", "sampled_logprobs"):
+            assert torch.equal(getattr(found, name), getattr(micro, name)), name
+        # The row itself is still fed: where its tokens are counted may be another place, of the same token.
+        fed = [one.student.tokens.T.flatten()[one.student.token_rows] for one in (found, micro)]
+        assert torch.equal(*fed)
+        assert found.teacher_input is found.student
+        assert isinstance(found.teacher, TopKPayload) and torch.equal(found.teacher.ids.squeeze(1), micro.targets)
+
+
+def test_where_another_rank_counts_a_dropped_row_changes_nothing():
+    batch, dropped = rollouts(), torch.tensor([False, True, False, False])
+    elsewhere = [
+        dataclasses.replace(micro, count=torch.zeros_like(micro.count))
+        for micro in microbatches(batch, micro_batch_size=2, aggregation="token-mean")
+    ]
+    found = without_rows(elsewhere, batch.response_mask, dropped, "token-mean")
+    assert [int(micro.count) for micro in found] == [0, 0]

@@ -1,5 +1,7 @@
 """Both clients against a server with a real model: they give what it sampled and read, and refuse rubbish."""
 
+import re
+
 import pytest
 import torch
 
@@ -136,7 +138,10 @@ def generated(**changes):
         ("vllm", choice(token_ids=[], logprobs={"token_logprobs": []}), "with a log-prob for every token"),
         ("vllm", choice(logprobs={"token_logprobs": [-1.0, None]}), "with a log-prob for every token"),
         ("vllm", choice(logprobs={"token_logprobs": [-1.0, 3.0]}), "with a log-prob for every token"),
+        ("vllm", choice(token_ids=[4, "1"]), "with a log-prob for every token"),
+        ("vllm", choice(token_ids=[4] * 7, logprobs={"token_logprobs": [-1.0] * 7}), "of at most 6 tokens"),
         ("vllm", choice(finish_reason="abort"), "each ended"),
+        ("vllm", '{"choices": [{"index": 0, "fin', "no JSON"),
         ("vllm", {"choices": []}, "should give 1 responses"),
         ("sglang", {}, "nothing that a rollout can be made of"),
         ("sglang", [generated(), generated()], "should give 1 responses"),
@@ -145,9 +150,17 @@ def generated(**changes):
         ("sglang", generated(output_token_logprobs=[[None, 4, None]]), "with a log-prob for every token"),
     ],
 )
-def test_a_response_that_cannot_be_used_is_shown(api, said, message):
-    with serve(lambda path, body: (200, said)) as url, pytest.raises(ServerError, match=message):
-        engine(api, url).complete(PROMPTS[:1], 1, SAMPLING)
+def test_a_response_that_cannot_be_used_is_asked_for_again_and_then_shown(api, said, message):
+    calls = []
+
+    def answer(path, body):
+        calls.append(path)
+        return 200, said
+
+    with serve(answer) as url:
+        (found,) = engine(api, url, retries=2).complete(PROMPTS[:1], 1, SAMPLING)
+    assert isinstance(found, ServerError) and re.search(message, str(found))
+    assert len(calls) == 3, "a bad answer may pass, as a busy server does"
 
 
 @pytest.mark.parametrize(
