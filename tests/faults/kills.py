@@ -4,9 +4,10 @@
 
 A run keeps all that a run can: a copy of the student that follows it, the mean of earlier rewards, a collection that
 several steps learn from, held-out evaluations. SIGKILL for one rank or for both, a random time after one of the stages
-has begun; then the same command again. Compared with a run that nobody killed, bit for bit: every tensor of the last
-checkpoint, optimizer included, and of the copy; all lines of metrics.jsonl (without clock and timings) and
-samples.jsonl. The table goes to FOLDER/kills.md. A run takes some seconds where the machine is free.
+has begun; then the same command again, which is killed too: three times, and the fourth ends. Compared with a run that
+nobody killed, bit for bit: every tensor of the last checkpoint, optimizer included, and of the copy; all lines of
+metrics.jsonl (without clock and timings) and samples.jsonl. The table goes to FOLDER/kills.md. A start takes some
+seconds where the machine is free.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tests.faults.traps import Kill, Note
 from tests.online_jobs import make_prompts, make_tokenizer, steps
 
 SIZE, STEPS, SAVES_EVERY = 2, 8, 3
+KILLS_EACH = 3
+"""Of one run: each start but the last is killed."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2": {},
     "TP 2": {"tensor_model_parallel_size": 2},
@@ -102,7 +105,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one killed run."""
+    """What became of one killed start."""
 
     layout: str
     aimed: str
@@ -142,38 +145,48 @@ class Campaign:
             self._expected[layout] = left_by(self.folder, name)
         return self._expected[layout]
 
-    def kill(self, name: str, layout: str, stage: str, *, everybody: bool, lasting: bool = True) -> Outcome:
-        """One killed run, and its second start; `lasting`: at any moment of the stage, not only at its beginning."""
+    def kill(self, name: str, layout: str, stages: Sequence[str], *, everybody: bool | None = None) -> list[Outcome]:
+        """One run, killed once in or soon after each of the stages and started again; what became of each start.
+
+        everybody  both ranks or one; None: by chance
+        """
         expected = self.quiet(layout)
-        step, _, seconds = self.dice.choice([moment for moment in self._moments[layout] if moment[1] == stage])
-        after_s = self.dice.uniform(0, seconds) if lasting else 0.0
-        trap = Kill(f"{self.folder}/{name}.killed", self.dice.randrange(SIZE), step, stage, after_s, everybody)
-        flags = settings(self.folder, name, layout)
-        first = self.ask(self.folder, name, flags, SIZE, trap)
-        wrong = [f"processes {first.left} left behind"] if first.left else []
-        if first.codes[trap.rank] != -9:
-            wrong.append(f"ended with {first.codes}: nobody was killed")
-        if (
-            not everybody
-            and f"rank {trap.rank} " not in first.logs[1 - trap.rank].splitlines()[-1].partition(" and ")[2]
-        ):
-            wrong.append("the other rank does not say who died: " + first.logs[1 - trap.rank].splitlines()[-1])
-        tracker = self.folder / f"{name}-checkpoints" / "latest_checkpointed_iteration.txt"
-        resumed_from = int(tracker.read_text()) if tracker.exists() else 0
+        outcomes = []
+        for number, stage in enumerate(stages):
+            both = self.dice.random() < 0.4 if everybody is None else everybody
+            outcomes.append(self._killed_start(name, layout, stage, number, everybody=both))
+        last = self.ask(self.folder, name, settings(self.folder, name, layout), SIZE)
+        if any(last.codes):
+            wrong = [f"the last start ended with {last.codes}: {last.logs[0].splitlines()[-1]}"]
+        else:
+            wrong = differences(left_by(self.folder, name), expected)
+        return [replace(outcome, wrong=(*outcome.wrong, *wrong)) for outcome in outcomes]
+
+    def _killed_start(self, name: str, layout: str, stage: str, number: int, *, everybody: bool) -> Outcome:
+        begins = self._saved(name)
+        moments = [moment for moment in self._moments[layout] if moment[1] == stage and moment[0] > begins]
+        step, stage, seconds = self.dice.choice(moments or [m for m in self._moments[layout] if m[0] > begins])
+        file, victim = f"{self.folder}/{name}.killed{number}", self.dice.randrange(SIZE)
+        trap = Kill(file, victim, step, stage, self.dice.uniform(0, seconds), everybody)
+        ends = self.ask(self.folder, name, settings(self.folder, name, layout), SIZE, trap)
+        wrong = [f"processes {ends.left} left behind"] if ends.left else []
+        if ends.codes[victim] != -9:
+            wrong.append(f"ended with {ends.codes}: nobody was killed")
+        *_, last_words = ends.logs[1 - victim].splitlines() or [""]
+        if not everybody and f"rank {victim} " not in last_words.partition(" and ")[2]:
+            wrong.append(f"the other rank does not say who died, but: {last_words}")
         journal = self.folder / name / "metrics.jsonl"
         done = max((record["step"] for record in steps(self.folder, name)), default=0) if journal.exists() else 0
-        if done - resumed_from > SAVES_EVERY:
-            wrong.append(f"{done - resumed_from} steps lost")
-        second = self.ask(self.folder, name, flags, SIZE)
-        if any(second.codes):
-            wrong.append(f"the second start ended with {second.codes}: {second.logs[0].splitlines()[-1]}")
-        else:
-            wrong += differences(left_by(self.folder, name), expected)
-        hit = Path(trap.file)
-        at = "{1} of step {0}".format(*json.loads(hit.read_text())) if hit.exists() else "-"
-        who = "all" if everybody else f"rank {trap.rank}"
-        lost = max(0, done - resumed_from)
-        return Outcome(layout, f"{stage} of step {step}", at, who, resumed_from, lost, tuple(wrong))
+        lost = max(0, done - self._saved(name))
+        if lost > SAVES_EVERY:
+            wrong.append(f"{lost} steps lost")
+        at = "{1} of step {0}".format(*json.loads(Path(file).read_text())) if Path(file).exists() else "-"
+        who = "all" if everybody else f"rank {victim}"
+        return Outcome(layout, f"{stage} of step {step}", at, who, self._saved(name), lost, tuple(wrong))
+
+    def _saved(self, name: str) -> int:
+        tracker = self.folder / f"{name}-checkpoints" / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text() or 0) if tracker.exists() else 0
 
     def clean(self, name: str) -> None:
         for path in self.folder.glob(f"{name}*"):
@@ -192,19 +205,20 @@ def main() -> None:
     with nursery() as ask:
         campaign = Campaign(folder, ask, asked.seed)
         began = time.monotonic()
-        for number in range(asked.runs):
-            stage, layout = STAGES[number % len(STAGES)], list(LAYOUTS)[number // len(STAGES) % len(LAYOUTS)]
+        for number in range(0, asked.runs, KILLS_EACH):
+            stages = [STAGES[n % len(STAGES)] for n in range(number, min(number + KILLS_EACH, asked.runs))]
             name = f"killed-{number}"
-            outcome = campaign.kill(name, layout, stage, everybody=campaign.dice.random() < 0.4)
-            outcomes.append(outcome)
-            if not outcome.wrong:
+            found = campaign.kill(name, list(LAYOUTS)[number // KILLS_EACH % len(LAYOUTS)], stages)
+            outcomes += found
+            if not any(outcome.wrong for outcome in found):
                 campaign.clean(name)
-            took_s = (time.monotonic() - began) / (number + 1)
-            left_s = took_s * (asked.runs - number - 1)
-            print(f"{number + 1}/{asked.runs}  {took_s:.0f} s a run  left {left_s:.0f} s  {outcome.row()}", flush=True)
+            took_s = (time.monotonic() - began) / len(outcomes)
+            left_s = took_s * (asked.runs - len(outcomes))
+            print(f"{len(outcomes)}/{asked.runs}  {took_s:.0f} s each  left {left_s:.0f} s", flush=True)
+            print("".join(outcome.row() + "\n" for outcome in found), end="", flush=True)
             write_table(folder / "kills.md", outcomes, asked.seed)
     failed = [outcome for outcome in outcomes if outcome.wrong]
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} killed runs went on exactly; {folder / 'kills.md'}")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} killed starts went on exactly; {folder / 'kills.md'}")
     raise SystemExit(bool(failed))
 
 
@@ -212,8 +226,8 @@ def write_table(path: Path, outcomes: list[Outcome], seed: int) -> None:
     """All of it, and how many per stage in which a rank was hit."""
     hits = Counter(outcome.hit.partition(" ")[0] for outcome in outcomes)
     exact = Counter(outcome.hit.partition(" ")[0] for outcome in outcomes if not outcome.wrong)
-    head = f"{len(outcomes)} killed runs, seed {seed}; most steps done again: {max(o.lost for o in outcomes)}\n\n"
-    head += "| hit in | runs | went on exactly |\n|---|---|---|\n"
+    head = f"{len(outcomes)} killed starts, seed {seed}; most steps done again: {max(o.lost for o in outcomes)}\n\n"
+    head += "| hit in | starts | went on exactly |\n|---|---|---|\n"
     head += "".join(f"| {stage} | {count} | {exact[stage]} |\n" for stage, count in sorted(hits.items()))
     head += "\n| layout | aimed at | hit in | killed | resumed from | steps done again | compared |\n"
     head += "|---|---|---|---|---|---|---|\n"

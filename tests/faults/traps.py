@@ -94,3 +94,25 @@ class Kill:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class At:
+    """What one rank does where it enters a stage of a step: SIGSTOP, or an error of its own."""
+
+    rank: int
+    step: int
+    stage: str
+    does: str
+
+    @contextlib.contextmanager
+    def __call__(self, rank: int) -> Iterator[None]:
+        def entered(step: int, stage: str) -> None:
+            if (rank, step, stage) != (self.rank, self.step, self.stage):
+                return
+            if self.does == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            raise ZeroDivisionError("of this rank alone")
+
+        with told(entered):
+            yield
