@@ -24,7 +24,7 @@ from megatron_hybrid.runtime.spawn import free_port
 LONGEST_S = 240.0
 """A run that takes longer hangs: its ranks are killed, and say so by their code."""
 PATIENCE_S = 60.0
-"""As a launcher does: ranks that do not end after another has failed are killed."""
+"""As a launcher does: ranks that do not end after another has failed are killed; those that are stopped, at once."""
 
 Trap = Callable[[int], contextlib.AbstractContextManager[Any]]
 """Made around the run of each rank, from its number: what makes it die or hang. Must be importable by name."""
@@ -107,8 +107,12 @@ def _run(folder: str, name: str, flags: dict[str, Any], size: int, trap: Any, mo
         if pid in pids:
             codes[pid] = os.waitstatus_to_exitcode(status)
             failed = now if any(codes.values()) else failed
-        elif now - started > LONGEST_S or (any(codes.values()) and now - failed > PATIENCE_S):
-            for pid in set(pids) - codes.keys():
+        elif hopeless := [
+            pid
+            for pid in set(pids) - codes.keys()
+            if now - started > LONGEST_S or (any(codes.values()) and (now - failed > PATIENCE_S or _state(pid) == "T"))
+        ]:
+            for pid in hopeless:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
         else:
@@ -169,7 +173,11 @@ def _children(pid: int) -> list[int]:
 
 def _runs(pid: int) -> bool:
     """False for a zombie too."""
+    return _state(pid) not in ("Z", None)
+
+
+def _state(pid: int) -> str | None:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
-        return False
+        return None

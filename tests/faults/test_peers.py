@@ -95,9 +95,9 @@ def test_where_no_exception_will_come_a_thread_says_it(rank_pool):
 
 @pytest.mark.procs
 def test_a_rank_that_stops_is_named_within_the_timeout_and_the_journal_is_whole(ask, campaign):
-    flags = settings(campaign.folder, "hangs", "DP 2") | {"distributed_timeout_seconds_after_init": 5}
+    flags = settings(campaign.folder, "hangs", "DP 2") | {"distributed_timeout_seconds_after_init": 15}
     ends = ask(campaign.folder, "hangs", flags, SIZE, At(1, 5, "reward", "stop"))
-    assert ends.codes == (1, -9), "the launcher's part: whoever hangs is killed"
+    assert ends.codes == (1, -9), f"the launcher's part: whoever hangs is killed\n{ends.logs[0][-3000:]}"
     assert not ends.left
     *_, said = ends.logs[0].splitlines()
     assert re.match(
@@ -106,7 +106,7 @@ def test_a_rank_that_stops_is_named_within_the_timeout_and_the_journal_is_whole(
         said,
     )
     records = journal.read(campaign.folder / "hangs" / "metrics.jsonl")
-    assert [record["step"] for record in records if record["kind"] == "step"] in ([1, 2, 3, 4], [])
+    assert [record["step"] for record in records if record["kind"] == "step"] == [1, 2, 3, 4]
 
 
 @pytest.mark.procs
@@ -124,5 +124,5 @@ def test_the_death_of_the_rank_that_keeps_the_store_is_told_too(ask, campaign):
     assert ends.codes == (-9, 1) and not ends.left
     *_, said = ends.logs[1].splitlines()
     assert re.match(
-        r"error: rank 1 waited in stage \w+ of step 1, and rank 0 has ended, last seen in stage \w+ of", said
+        r"error: rank 1 waited in stage \w+ of step 1, and rank 0 is dead or stopped, last seen in stage \w+ of", said
     )
