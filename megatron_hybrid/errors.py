@@ -27,6 +27,10 @@ class ServerError(HybridError, RuntimeError):
     """A server that the run depends on is down, refuses, or answers something else than it should."""
 
 
+class PeerError(HybridError, RuntimeError):
+    """Another rank of the job died or hangs; says which, and in what."""
+
+
 class ShapeError(HybridError, ValueError):
     """A tensor has the wrong shape, type or device."""
 

@@ -102,6 +102,9 @@ class OnlineConfig(FromArguments):
         "vllm", "what rollout_server and teacher_server are: vllm (its OpenAI-compatible server) or sglang", SERVER_APIS
     )
     server_requests: int = setting(64, "requests to an inference engine that are under way at a time, per replica")
+    allow_other_inputs: bool = setting(
+        False, "go on from a checkpoint that learnt from another teacher, other prompts or by another tokenizer or seed"
+    )
     run_dir: str = setting("runs/hybrid", "folder for the resolved configuration, metrics.jsonl, samples and plots")
     reward: str = setting(
         "by_source",

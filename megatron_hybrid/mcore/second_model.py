@@ -35,7 +35,7 @@ from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.architecture import ARCHITECTURE, OLDER_NAMES
 from megatron_hybrid.mcore.builder import build_chunks
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
-from megatron_hybrid.mcore.save_signals import helpers_deaf_to_launchers
+from megatron_hybrid.mcore.save_signals import helper_of_the_writer
 
 Chunks = list[torch.nn.Module]
 """A model as one rank of a pipeline holds it: one module per virtual stage."""
@@ -193,7 +193,7 @@ def save_weights(model: Chunks, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = _sharded(model) | {"args": get_args(), "checkpoint_version": 3.0}
-    with helpers_deaf_to_launchers():  # it may be the run's first save
+    with helper_of_the_writer():  # it may be the run's first save
         # Arguments differ from rank to rank (the rank itself), which is no fault of the checkpoint.
         dist_checkpointing.save(state, str(folder), preprocess_common_before_consistancy_check=lambda common: {})
 

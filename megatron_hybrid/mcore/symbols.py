@@ -21,6 +21,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.dist_checkpointing", "load_common_state_dict"),
     ("megatron.core.dist_checkpointing", "load_tensors_metadata"),
     ("megatron.core.dist_checkpointing", "save"),
+    ("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue"),
     ("megatron.core.distributed", "DistributedDataParallel"),
     ("megatron.core.enums", "ModelType"),
     ("megatron.core.inference.contexts", "StaticInferenceContext"),

@@ -241,13 +241,18 @@ def _serve(pipe: Connection, stacks: Connection, rank: int, size: int, init: boo
         pipe.send_bytes(answer)
 
 
-def _leave_with_parent() -> None:
-    """Ends this rank and its helpers when its parent has ended in any way, even in a job that hangs."""
+def wait_for_the_end_of_the_parent() -> None:
+    """Returns once the process that multiprocessing started this one from has ended in any way."""
     parent = parent_process()
     assert parent is not None
     # The sentinel, a pipe, also stays open in processes that the parent has forked: hence the look at who it is.
     while not wait([parent.sentinel], timeout=_PARENT_CHECK_S) and os.getppid() == parent.pid:
         pass
+
+
+def _leave_with_parent() -> None:
+    """Ends this rank and its helpers with its parent, even in a job that hangs."""
+    wait_for_the_end_of_the_parent()
     os.killpg(0, signal.SIGKILL)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_hybrid.mcore.save_signals import helpers_deaf_to_launchers
+from megatron_hybrid.mcore.save_signals import helper_of_the_writer
 from megatron_hybrid.mcore.symbols import check_megatron
 
 
@@ -89,7 +89,7 @@ def injected(hooks: Hooks) -> Iterator[None]:
 
     def wrapped_save(*args: Any, **kwargs: Any) -> Any:
         hooks.before_save(int(save_signature.bind(*args, **kwargs).arguments["iteration"]))
-        with helpers_deaf_to_launchers():
+        with helper_of_the_writer():
             return save(*args, **kwargs)
 
     training.get_forward_backward_func, training.training_log = get_wrapped_schedule, wrapped_log

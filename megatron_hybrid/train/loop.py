@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from megatron_hybrid.checkpoint.latest import begin_over
 from megatron_hybrid.config import SCHEDULED, HybridConfig
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.chosen_parts import chosen_parts
@@ -47,6 +49,7 @@ from megatron_hybrid.train.collection import fingerprint, load_collection, save_
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.failed_samples import FailedSamples
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
+from megatron_hybrid.train.peers import Peers
 from megatron_hybrid.train.pretraining import PretrainingData
 from megatron_hybrid.train.report import RunReport
 from megatron_hybrid.train.scoring import start_scoring
@@ -101,6 +104,8 @@ class OnlineLoop:
     """Steps between entries of the table of samples."""
     gradient_norms_interval: int
     """Steps between measurements of the dense and sparse gradient norms."""
+    peers: Peers
+    """Told of every stage."""
 
     def __post_init__(self) -> None:
         self._step = int(self.args.iteration)
@@ -111,22 +116,25 @@ class OnlineLoop:
         """What this step learns from."""
         self._held_out = Metrics()
         self._evaluations = 0
+        self._evaluating = False
         self._started = False
         self._teachers: Teachers | None = None
         self.updates = Updates(self.config.mini_batches, self.config.ppo_epochs)
         self.credit = Credit(self.config, self.parallel)
-        self._clock = _Clock()
+        self._clock = _Clock(self._enter)
 
     # Hooks, in the order Megatron's step meets them.
 
     def before_schedule(self, call: ScheduleCall) -> None:
         """Rollouts, rewards, credit and the teacher pass; the call then reads these micro-batches."""
+        self._evaluating = call.forward_only
         if self._teachers is None:
             self._teachers = self._begin(call.model)
         if not call.forward_only and not self._started:
             self._started = True
             self._evaluate_first(call)
-        self._clock = _Clock()
+            self._evaluating = False
+        self._clock = _Clock(self._enter)
         self.forward_step.metrics = self._held_out if call.forward_only else Metrics()
         self.forward_step.token_kl = []
         next_step = self._step + 1
@@ -137,6 +145,7 @@ class OnlineLoop:
         beside = self.pretraining.draw(batches) if self.pretraining is not None and self.forward_step.mixed else []
         shape = schedule_shape([batch.student for batch in batches], self.parallel.cp.size)
         call.feed([*batches, *beside], shape=shape)
+        self._enter("update")
 
     def after_schedule(self, call: ScheduleCall) -> None:
         """An evaluation is reported once its last iteration is done."""
@@ -197,12 +206,22 @@ class OnlineLoop:
 
     def before_save(self, iteration: int) -> None:
         """What a run has to remember besides what Megatron does."""
+        self._evaluating = False
+        self._enter("checkpoint")
+        if dist.get_rank() == 0:
+            begin_over(Path(self.args.save) / f"iter_{iteration:07d}")
         self.args.hybrid_state = self.credit.state()
         if self._copy is not None:
             self._copy.save(_beside(self.args.save, "hybrid_teacher", iteration))
         if self._collection is not None and not self.updates.is_first(iteration):
             folder = _beside(self.args.save, "hybrid_collection", iteration)
             save_collection(folder, self._collection, self._made_by())
+
+    def _enter(self, stage: str) -> None:
+        """Tells the other ranks where this one is."""
+        if self._evaluating:
+            stage = "evaluation" if stage == "update" else f"evaluation's {stage}"
+        self.peers.enter(self._step + (not self._evaluating and stage != "checkpoint"), stage)
 
     def _begin(self, student: list[torch.nn.Module]) -> Teachers:
         """The teachers, and what a checkpoint kept of credit, copy and collection."""
@@ -361,12 +380,14 @@ def _beside(checkpoints: str, name: str, iteration: int) -> Path:
 class _Clock:
     """Seconds of each stage; in a profile each is a span of its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: Callable[[str], None]) -> None:
         self.laps: dict[str, float] = {}
+        self._enter = enter
         self._last = time.perf_counter()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self._enter(name)
         started = time.perf_counter()
         with record_function(f"hybrid/{name}"):
             yield

@@ -26,6 +26,7 @@ from megatron_hybrid.rewards.rubric import Rubric
 from megatron_hybrid.teachers.spec import SELF, TeacherSpec, parse_teachers
 from megatron_hybrid.teachers.store import TeacherStore
 from megatron_hybrid.train import journal
+from megatron_hybrid.train.peers import collective_timeout_s
 from megatron_hybrid.train.recorded import open_rollouts, open_teacher_store
 
 logger = logging.getLogger(__name__)
@@ -241,13 +242,15 @@ def _check_engines(args: Namespace, config: HybridConfig, online: OnlineConfig) 
 
 def _check_waits(args: Namespace, online: OnlineConfig) -> None:
     """One rank asks a server; the others wait in a collective, which has a timeout of its own."""
-    allowed_s = 60 * args.distributed_timeout_minutes
-    if args.world_size > 1 and online.longest_request_s >= allowed_s:
+    longest_s, after_start_s = online.longest_request_s, args.distributed_timeout_seconds_after_init
+    if args.world_size > 1 and longest_s >= collective_timeout_s(args):
+        waits = f"--distributed-timeout-minutes {args.distributed_timeout_minutes}", int(longest_s // 60) + 1
+        if after_start_s is not None:
+            waits = f"--distributed-timeout-seconds-after-init {after_start_s}", int(longest_s) + 1
         raise ConfigError(
-            f"a request to a server may take {online.longest_request_s:g} s in all (server_timeout "
-            f"{online.server_timeout:g}, server_retries {online.server_retries}), but the other ranks wait "
-            f"--distributed-timeout-minutes {args.distributed_timeout_minutes} for it: a slow server would end the run "
-            f"as a collective that hangs. Set it to {int(online.longest_request_s // 60) + 1} or more, or lower "
+            f"a request to a server may take {longest_s:g} s in all (server_timeout {online.server_timeout:g}, "
+            f"server_retries {online.server_retries}), but the other ranks wait {waits[0]} for it: a slow server would "
+            f"end the run as a collective that hangs. Set it to {waits[1]} or more, or lower "
             "--hybrid-server-timeout or --hybrid-server-retries."
         )
 

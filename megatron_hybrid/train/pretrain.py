@@ -9,6 +9,7 @@ process groups are made when it asks for its data, which is after the model and 
 from __future__ import annotations
 
 import inspect
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.checkpoint.latest import settle
 from megatron_hybrid.config import HybridConfig, as_dict
-from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.mcore.symbols import borrow, check_megatron
 from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.parallel import ParallelContext
@@ -32,6 +34,7 @@ from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.failed_samples import FailedSamples
 from megatron_hybrid.train.loop import OnlineLoop, Teachers
+from megatron_hybrid.train.peers import Peers, collective_timeout_s
 from megatron_hybrid.train.prepare import Prepared, prepare
 from megatron_hybrid.train.pretraining import ScriptData
 from megatron_hybrid.train.report import RunReport
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from megatron_hybrid.rollouts.recorded import RecordedSampler
     from megatron_hybrid.rollouts.remote import RemoteSampler
     from megatron_hybrid.train.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
@@ -55,6 +60,7 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigError, DataError: settings, prompts or teacher are unusable; no model has been built then.
         MegatronMismatch: the installed Megatron lacks something that is borrowed; names it.
+        PeerError: another rank died or hangs, and the collectives of this one broke off; names it and its stage.
     """
     pretrain = borrow("megatron.training.training", "pretrain")
     from megatron_hybrid.mcore.training import started
@@ -105,6 +111,8 @@ def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, argume
         call.arguments.get("train_valid_test_dataset_provider"), forward_step.get_batch, arguments.dataloader_type
     )
     script.check(arguments, from_flags, packed=online.pack_sequences)
+    if arguments.load is not None and arguments.ckpt_step is None:
+        settle(arguments.load, writes=arguments.rank == 0)
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
     with ExitStack() as stack:
         # Iterators are handed over as they are, and of micro-batches that the script's own get_batch does not know.
@@ -116,6 +124,9 @@ def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, argume
             result = pretrain(*call.args, **call.kwargs)
         except SystemExit:  # how Megatron stops at --exit-interval, --exit-duration-in-mins and on signals
             provider.finish()
+            raise
+        except BaseException as error:
+            provider.failed(error)
             raise
         provider.finish()
     return result
@@ -147,6 +158,11 @@ class _Provider:
         # The schedule is fed by the loop; these stand for data that exists.
         return iter(()), iter(()), None
 
+    def failed(self, error: BaseException) -> None:
+        """Tells the other ranks, and raises PeerError where one of them is the cause."""
+        if self._loop is not None and (cause := self._loop.peers.failed(error)) is not None:
+            raise cause from error
+
     def finish(self) -> None:
         """The before/after table and the plots, on the logging rank."""
         if self._loop is not None and self._loop.report is not None:
@@ -172,12 +188,15 @@ def _build_loop(
     num_samples: Sequence[int],
 ) -> OnlineLoop:
     from megatron_hybrid.mcore.groups import parallel_context
+    from megatron_hybrid.train.identity import identify
 
     config, online, tokenizer = prepared.config, prepared.online, prepared.tokenizer
     parallel = parallel_context()
     layout = SequenceLayout.of(parallel, sequence_parallel=args.sequence_parallel, packed=online.pack_sequences)
     if config.pretraining_microbatches and layout.same_width:
         layout = replace(layout, least_width=args.seq_length)  # that of the script's own batches
+    saved = _saved_args(args)
+    args.hybrid_identity = identify(prepared, args, own_teacher=forward_step.teacher is not None, saved=saved)
     failed_samples = FailedSamples(online, parallel)
     sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel, failed_samples)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
@@ -197,10 +216,11 @@ def _build_loop(
         failed_samples=failed_samples,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
-        saved_state=_saved_state(args) if config.baseline == "running_mean" else {},
+        saved_state=dict(saved.get("hybrid_state") or {}) if config.baseline == "running_mean" else {},
         report=_open_report(prepared, args),
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,
+        peers=Peers(timeout_s=collective_timeout_s(args), by_itself=dist.get_backend() != "gloo"),
     )
 
 
@@ -276,13 +296,17 @@ def _build_teachers(
     return Teachers(teacher, copies[0] if copies else None)
 
 
-def _saved_state(args: Namespace) -> dict[str, float]:
-    """What the loop kept in the checkpoint that Megatron has resumed from; empty at a fresh start."""
+def _saved_args(args: Namespace) -> dict[str, Any]:
+    """The arguments in the checkpoint that Megatron has resumed from; empty at a fresh start."""
     if args.iteration == 0:
         return {}
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
 
-    return dict(load_megatron_args(Path(args.load) / f"iter_{args.iteration:07d}").get("hybrid_state") or {})
+    try:
+        return load_megatron_args(Path(args.load) / f"iter_{args.iteration:07d}")
+    except DataError as error:  # of another format, or elsewhere: what Megatron could read all the same
+        logger.warning("what the checkpoint remembers besides weights cannot be read: %s", error)
+        return {}
 
 
 def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:
