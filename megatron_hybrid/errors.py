@@ -27,6 +27,10 @@ class ServerError(HybridError, RuntimeError):
     """A server that the run depends on is down, refuses, or answers something else than it should."""
 
 
+class DivergedError(HybridError, ArithmeticError):
+    """The gradient was not finite in so many steps in a row that the run was stopped."""
+
+
 class ShapeError(HybridError, ValueError):
     """A tensor has the wrong shape, type or device."""
 

@@ -21,7 +21,7 @@ _GROUPS = {
         "prompts|rollouts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward"
     ),
     "hybrid batches of the script's own": "pretraining_",
-    "hybrid report": "run_dir|gradient_norms|samples_",
+    "hybrid report": "run_dir|gradient_norms|samples_|nonfinite_",
 }
 """Heading of the help to how the names of its settings begin, first match; a setting of none is of the objective."""
 _OBJECTIVE = "hybrid objective"

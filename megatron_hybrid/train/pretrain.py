@@ -31,6 +31,7 @@ from megatron_hybrid.schedule.response_loss import Runtime
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.loop import OnlineLoop, Teachers
+from megatron_hybrid.train.nonfinite import NonFiniteSteps
 from megatron_hybrid.train.prepare import Prepared, prepare
 from megatron_hybrid.train.pretraining import ScriptData
 from megatron_hybrid.train.report import RunReport
@@ -150,6 +151,8 @@ def _provider(
 ) -> _Provider:
     def build(num_samples: Sequence[int]) -> OnlineLoop:
         loop = _build_loop(prepared, args, forward_step, script, num_samples)
+        if loop.report is not None:
+            stack.callback(loop.report.close)
         stack.enter_context(injected(loop))
         return loop
 
@@ -191,6 +194,7 @@ def _build_loop(
         report=_open_report(prepared, args),
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,
+        nonfinite=NonFiniteSteps(online.nonfinite_steps, online.run_dir, parallel),
     )
 
 
@@ -288,6 +292,7 @@ def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:
         wandb=get_wandb_writer(),
         start_step=args.iteration,
     )
+    report.guard_wandb_caller(borrow("megatron.training.wandb_utils", "on_save_checkpoint_success"))
     resolved = {"hybrid": as_dict(prepared.config), "online": as_dict(prepared.online), "tasks": list(prepared.tasks)}
     report.config({**resolved, "megatron": {name: value for name, value in sorted(vars(args).items())}})
     return report

@@ -14,7 +14,7 @@ from megatron_hybrid.errors import MegatronMismatch
 from megatron_hybrid.mcore.symbols import BORROWED, SEEN_VERSIONS, megatron_version
 from megatron_hybrid.schedule.inject import ScheduleCall, injected
 
-NAMES = ("get_forward_backward_func", "training_log", "save_checkpoint_and_time")
+NAMES = ("get_forward_backward_func", "training_log", "train_step", "save_checkpoint_and_time")
 
 
 def originals() -> list[Any]:
