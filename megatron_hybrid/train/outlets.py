@@ -13,7 +13,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,17 @@ class Outlet:
         self.loses = loses
         self.failures = 0
         """Calls that failed."""
-        self._fails = False
 
     def write[T](self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
         """What the call returns; None where it fails."""
         try:
-            result = call(*args, **kwargs)
+            return call(*args, **kwargs)
         except Exception as error:  # whatever a writer throws, it is no reason to lose a run
             self._failed(error)
             return None
-        if self._fails:
-            self._fails = False
-            logger.warning("%s works again, after %d calls that failed", self.name, self.failures)
-        return result
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
-        self._fails = True
         if self.failures == 1:
             logger.warning(
                 "%s cannot be written (%s: %s): %s. Training goes on; this is said once.",
@@ -105,11 +99,18 @@ class JournalOutlet(Outlet):
 
     def append(self, *records: journal.Record) -> None:
         """Adds lines, behind those that wait."""
+        waited, failures = len(self._waiting), self.failures
         self._waiting.extend(map(journal.line, records))
-        failures = self.failures
         self.write(journal.append_lines, self.path, list(self._waiting))
         if self.failures == failures:
             self._waiting.clear()
+            if waited:
+                logger.warning(
+                    "%s can be written again: %d lines that waited are in it, %d were lost meanwhile",
+                    self.name,
+                    waited,
+                    self.lost,
+                )
         size = sum(map(len, self._waiting))
         while size > MOST_WAITING_BYTES:
             size -= len(self._waiting.popleft())
@@ -117,7 +118,10 @@ class JournalOutlet(Outlet):
 
     def read(self) -> list[journal.Record]:
         """Its records, those that wait too; what cannot be read is left out."""
-        return (self.write(journal.read, self.path) or []) + [json.loads(line) for line in self._waiting]
+        found: list[journal.Record] = []
+        with suppress(OSError):
+            found = journal.read(self.path)
+        return found + [json.loads(line) for line in self._waiting]
 
     @property
     def summary(self) -> str | None:
