@@ -117,7 +117,7 @@ class OnlineConfig(FromArguments):
     nonfinite_steps: int = setting(
         3,
         "steps in a row that are skipped because their gradient is not finite, after which the run stops; 0: none is "
-        "skipped, and Megatron's own check of each rank's gradient ends the run",
+        "skipped, what happens is up to Megatron's --rerun-mode and --no-check-for-nan-in-loss-and-grad",
     )
     server_timeout: float = setting(600.0, "seconds that one request to a server may take")
     server_retries: int = setting(

@@ -4,8 +4,8 @@
 steps. Inside `finite_steps_only` it does not step where that norm is NaN or infinite, and says so to Megatron as it
 does for the overflows of fp16's loss scaler: weights, moments and counts stay, Megatron counts a skipped iteration and
 leaves the learning rate's schedule where it was. Every rank reads the same norm, data-parallel replicas that of equal
-gradients, so all skip alike, without a collective of their own. Of a parameter that every tensor-parallel rank has a copy
-of, the norm counts the first rank's: what is not finite in another rank's copy alone is not seen.
+gradients, so all skip alike, without a collective of their own. Where every tensor-parallel rank has a copy of a
+parameter, the norm counts the first rank's: what is not finite in another rank's copy alone is not seen.
 
 Cost: none on a CPU and where clipping reads the norm anyway; where Transformer Engine or Apex clips on the device, the
 host waits for the norm before the optimizer's kernels rather than right after them.

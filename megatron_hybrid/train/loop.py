@@ -168,7 +168,7 @@ class OnlineLoop:
             self._report_step(record)
             assert self.forward_step.token_numbers is not None
             batch = Batch(*self._collected, self.forward_step.token_numbers)
-        self.nonfinite.after_step(self._step, batch, says=self.report is not None)
+        self.nonfinite.after_step(self._step, batch)
         self._release()
 
     def _report_step(self, record: dict[str, Any]) -> None:

@@ -124,16 +124,25 @@ class NonFiniteSteps:
 
     limit   skipped steps in a row after which the run stops; 0: none is skipped, Megatron's own check is in force
     folder  the run folder
+    fresh   the run begins: batches of an earlier one in this folder are moved aside, by one rank
+    says    this is the rank that does so, and that tells what happens
     """
 
-    def __init__(self, limit: int, folder: str | Path, parallel: ParallelContext) -> None:
+    def __init__(
+        self, limit: int, folder: str | Path, parallel: ParallelContext, *, fresh: bool = False, says: bool = False
+    ) -> None:
         self.limit = limit
         self.folder = Path(folder) / "nonfinite"
         self.parallel = parallel
+        self._says = says
         self._norm: float | None = None
         self._parameters: list[str] = []
         self._in_a_row: deque[Skipped] = deque()
         self._files = Outlet(str(self.folder), "the batches of skipped steps may be missing there")
+        if fresh and says and self.folder.exists():
+            aside = self.folder.with_name("nonfinite.dropped")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._files.write(self.folder.rename, aside)
 
     def stepping(self, model: list[torch.nn.Module], optimizer: Any) -> AbstractContextManager[None]:
         """What Megatron's step happens in."""
@@ -143,11 +152,10 @@ class NonFiniteSteps:
     def _found(self, model: list[torch.nn.Module], norm: float) -> None:
         self._norm, self._parameters = norm, nonfinite_parameters(model)
 
-    def after_step(self, step: int, batch: Batch | None, *, says: bool) -> None:
+    def after_step(self, step: int, batch: Batch | None) -> None:
         """To be called on every rank after every step; collective where the step was skipped.
 
         batch  what this rank of the last stage learnt from
-        says   one rank tells what happened
 
         Raises:
             DivergedError: on every rank, after `limit` such steps in a row.
@@ -159,7 +167,7 @@ class NonFiniteSteps:
         self._in_a_row.append(skipped)
         if batch is not None and self.parallel.tp.rank == 0:
             self._files.write(self._save, skipped, batch)
-        if says:
+        if self._says:
             logger.warning(
                 "the gradient is not finite: %s. The step is skipped on every rank (%d of %d in a row); its batch is "
                 "in %s",

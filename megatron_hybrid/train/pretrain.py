@@ -175,6 +175,10 @@ def _build_loop(
         layout = replace(layout, least_width=args.seq_length)  # that of the script's own batches
     sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
+    report = _open_report(prepared, args)
+    nonfinite = NonFiniteSteps(
+        online.nonfinite_steps, online.run_dir, parallel, fresh=args.iteration == 0, says=report is not None
+    )
     return OnlineLoop(
         args=args,
         config=config,
@@ -191,10 +195,10 @@ def _build_loop(
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
         saved_state=_saved_state(args) if config.baseline == "running_mean" else {},
-        report=_open_report(prepared, args),
+        report=report,
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,
-        nonfinite=NonFiniteSteps(online.nonfinite_steps, online.run_dir, parallel),
+        nonfinite=nonfinite,
     )
 
 

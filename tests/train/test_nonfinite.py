@@ -121,6 +121,8 @@ def test_a_gradient_that_one_rank_has_is_skipped_by_all_and_the_run_goes_on_as_i
     pool = rank_pool(size, init=False)
     flags = {"train_iters": 4, "clip_grad": 1.0} | overrides
     poison = Poison(size - 1, float("inf"), [2])
+    (folder / "poisoned" / "nonfinite" / "step_0000002").mkdir(parents=True, exist_ok=True)
+    (folder / "poisoned" / "nonfinite" / "step_0000002" / "rank_9.json").touch()  # of a run before
     got = pool.run(watched_run, str(folder), with_teacher(folder, "poisoned", **flags), poison)
     for states, ended in got:
         assert ended == ""
@@ -181,7 +183,7 @@ def test_some_in_a_row_end_every_rank_with_one_report(rank_pool, folder):
 
 
 def test_without_the_guard_megatrons_own_check_ends_the_run(rank_pool, folder):
-    flags = with_teacher(folder, "unguarded", train_iters=2, hybrid_nonfinite_steps=0)
+    flags = with_teacher(folder, "unguarded", train_iters=2, hybrid_nonfinite_steps=0, rerun_mode="disabled")
     with pytest.raises(RuntimeError, match="found NaN in local grad norm for bucket #0"):
         rank_pool(1, init=False).run(watched_run, str(folder), flags, Poison(0, float("nan"), [1]))
 
@@ -207,12 +209,12 @@ def forbidding_run(folder: str, overrides: dict[str, Any], token_id: int) -> str
 
     said = io.StringIO()
     handler = logging.StreamHandler(said)
-    logging.getLogger("megatron_hybrid").addHandler(handler)
+    logging.getLogger("megatron_hybrid.train.infinite_kl").addHandler(handler)
     try:
         with mock.patch.object(HiddenPayload, "logits", logits), contextlib.redirect_stderr(io.StringIO()):
             run(folder, overrides)
     finally:
-        logging.getLogger("megatron_hybrid").removeHandler(handler)
+        logging.getLogger("megatron_hybrid.train.infinite_kl").removeHandler(handler)
     return said.getvalue()
 
 
