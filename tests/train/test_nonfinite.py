@@ -20,7 +20,12 @@ LAYOUTS = [
     pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP 2"),
     pytest.param(2, {"pipeline_model_parallel_size": 2}, id="PP 2"),
     pytest.param(2, {"use_distributed_optimizer": True}, id="DP 2, distributed optimizer"),
-    pytest.param(2, {"use_distributed_optimizer": True, "bf16": True}, id="DP 2, distributed optimizer, bf16"),
+    pytest.param(
+        2,
+        {"use_distributed_optimizer": True, "bf16": True},
+        id="DP 2, distributed optimizer, bf16",
+        marks=pytest.mark.slow,
+    ),
 ]
 POISONED = "decoder.layers.3.mlp.linear_fc2.weight"
 """Of the last of four layers, cut over tensor-parallel ranks; the second of two pipeline stages calls it layer 1."""

@@ -217,7 +217,7 @@ def test_a_wandb_function_that_wandb_replaces_meanwhile_stays_wandbs(tmp_path: P
     assert "finish" not in vars(wandb)
 
 
-@pytest.mark.parametrize("fault", ["folder is gone", "service is killed"])
+@pytest.mark.parametrize("fault", [pytest.param("folder is gone", marks=pytest.mark.slow), "service is killed"])
 def test_real_wandb_that_breaks_ends_no_step(tmp_path: Path, fault: str):
     pytest.importorskip("wandb")
     code = """
