@@ -31,6 +31,10 @@ class PeerError(HybridError, RuntimeError):
     """Another rank of the job died or hangs; says which, and in what."""
 
 
+class DivergedError(HybridError, ArithmeticError):
+    """The gradient was not finite in so many steps in a row that the run was stopped."""
+
+
 class ShapeError(HybridError, ValueError):
     """A tensor has the wrong shape, type or device."""
 

@@ -146,6 +146,11 @@ class OnlineConfig(FromArguments):
         10, "steps between measurements of the dense and sparse gradient norms, which make the logits once more"
     )
     samples_interval: int = setting(10, "steps between entries of the table of samples")
+    nonfinite_steps: int = setting(
+        3,
+        "steps in a row that are skipped because their gradient is not finite, after which the run stops; 0: none is "
+        "skipped, what happens is up to Megatron's --rerun-mode and --no-check-for-nan-in-loss-and-grad",
+    )
     server_timeout: float = setting(600.0, "seconds that one request to a server may take")
     server_retries: int = setting(
         5, "times a request that failed is tried again, with pauses that double from one second"
@@ -188,6 +193,11 @@ class OnlineConfig(FromArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.nonfinite_steps < 0:
+            raise ConfigError(
+                f"nonfinite_steps must be at least 0, got {self.nonfinite_steps}: it counts steps in a row. Use 0 to "
+                "skip none."
+            )
         self._check_servers()
         self_teacher = re.search(r"(^|[=*,])\s*self\s*(,|$)", self.teacher_load or "") is not None
         for name in ("teacher_ema_decay", "teacher_refresh_interval"):

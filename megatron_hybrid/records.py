@@ -264,6 +264,20 @@ class HybridMicrobatch:
 
 
 @dataclass(frozen=True)
+class TokenNumbers:
+    """What the loss said of a micro-batch's response tokens; filled by the forward step. Each [n] fp32, detached."""
+
+    kl: Tensor
+    """Reverse KL to the teacher, nats; 0 without one."""
+    divergence: Tensor
+    """What is minimised in its place, nats."""
+    log_prob: Tensor
+    teacher_log_prob: Tensor
+    imitation_weight: Tensor
+    advantage: Tensor
+
+
+@dataclass(frozen=True)
 class PretrainingMicrobatch:
     """A micro-batch of the script's own data beside rollouts; filled by `train/pretraining.py`."""
 

@@ -22,7 +22,7 @@ _GROUPS = {
         "reward_workers|reward_timeout|reward_memory|allow_code"
     ),
     "hybrid batches of the script's own": "pretraining_",
-    "hybrid run folder and resume": "run_dir|allow_other|gradient_norms|samples_",
+    "hybrid run folder and resume": "run_dir|allow_other|gradient_norms|samples_|nonfinite_",
 }
 """Heading of the help to how the names of its settings begin, first match; a setting of none is of the objective."""
 _OBJECTIVE = "hybrid objective"

@@ -30,6 +30,7 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
     ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
     ("megatron.core.optimizer", "Adam"),
+    ("megatron.core.optimizer", "ChainedOptimizer"),
     ("megatron.core.packed_seq_params", "PackedSeqParams"),
     ("megatron.core.parallel_state", "destroy_model_parallel"),
     ("megatron.core.parallel_state", "get_context_parallel_group"),
@@ -65,7 +66,9 @@ BORROWED: tuple[tuple[str, str], ...] = (
     ("megatron.training.training", "initialize_megatron"),
     ("megatron.training.training", "pretrain"),
     ("megatron.training.training", "save_checkpoint_and_time"),
+    ("megatron.training.training", "train_step"),
     ("megatron.training.training", "training_log"),
+    ("megatron.training.wandb_utils", "on_save_checkpoint_success"),
 )
 """(module, name) of everything the package takes from Megatron, sorted; a test reads the package and compares."""
 
@@ -94,6 +97,7 @@ EXPECTED_PARAMETERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),
     ),
     ("megatron.training.training", "save_checkpoint_and_time", ("iteration",)),
+    ("megatron.training.training", "train_step", ("model", "optimizer")),
     ("megatron.training.training", "pretrain", ("train_valid_test_dataset_provider", "forward_step_func")),
 )
 
@@ -158,7 +162,7 @@ def check_used(path: str, function: Any, names: tuple[str, ...]) -> None:
     if missing:
         raise MegatronMismatch(
             f"{path} of megatron-core {megatron_version()} does not use {', '.join(missing)}, through which this "
-            f"package reaches hidden states and logits (seen with {SEEN_VERSIONS}). Install that version, or adapt "
+            f"package reaches into it (seen with {SEEN_VERSIONS}). Install that version, or adapt "
             "megatron_hybrid/mcore."
         )
 
@@ -184,6 +188,8 @@ def check_megatron() -> None:
         hybrid = borrow("megatron.core.models.hybrid.hybrid_model", "HybridModel")
         check_used("HybridModel.forward", hybrid.forward, ("post_process", "output_layer", "_scale_logits"))
     check_used("GPTModel._scale_logits", gpt._scale_logits, ("use_mup", "mup_output_mult"))
+    optimizer = borrow("megatron.core.optimizer", "ChainedOptimizer")
+    check_used("ChainedOptimizer.step", optimizer.step, ("get_grad_norm", "step_with_ready_grads"))
 
 
 def check_apex() -> None:

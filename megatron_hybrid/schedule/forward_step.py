@@ -24,7 +24,7 @@ from megatron_hybrid.mcore.model import head_logits, model_forward, response_hid
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.lm_head import linear_hybrid_loss
-from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, PretrainingMicrobatch, TopKPayload
+from megatron_hybrid.records import ALL_ROWS, HybridMicrobatch, PretrainingMicrobatch, TokenNumbers, TopKPayload
 from megatron_hybrid.schedule.response_loss import ResponseLoss, Runtime
 
 IGNORED = -100
@@ -68,8 +68,8 @@ class HybridForwardStep:
         """Whether to measure the dense and sparse gradient norms in logits: they are made once more, and read twice."""
         self.metrics = Metrics()
         """Per-token numbers of the micro-batches so far, last stage only; the online loop renews it every step."""
-        self.token_kl: list[Tensor] | None = None
-        """KL [n] of each micro-batch in order, where somebody asked for it by putting a list here."""
+        self.token_numbers: list[TokenNumbers] | None = None
+        """Of each micro-batch in order, where somebody asked for them by putting a list here."""
         self.mixed = False
         """Whether the micro-batches of this schedule call are of both kinds: each then reports the losses of both."""
 
@@ -165,8 +165,17 @@ class HybridForwardStep:
             drift = torch.where(sampled.isfinite(), drift, 0.0)  # unknown ones are counted by the credit
             metrics.mean("training/rollout_probs_diff_mean", drift)
             metrics.max("training/rollout_probs_diff_max", drift)
-        if self.token_kl is not None:
-            self.token_kl.append(result.kl)
+        if self.token_numbers is not None:
+            self.token_numbers.append(
+                TokenNumbers(
+                    kl=result.kl,
+                    divergence=result.divergence,
+                    log_prob=result.log_prob,
+                    teacher_log_prob=result.teacher_log_prob,
+                    imitation_weight=imitation,
+                    advantage=advantage,
+                )
+            )
 
     def _demonstration(self, batch: Any, model: Any, schedule_plan: bool) -> Output:
         tokens, labels, loss_mask, attention_mask, position_ids = _five(batch)

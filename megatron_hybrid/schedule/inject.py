@@ -1,9 +1,10 @@
-"""The one place where Megatron is wrapped: the schedule call, its log line and its saves, for the length of a block.
+"""The one place where Megatron is wrapped: its step, schedule call, log line and saves, for the length of a block.
 
-`megatron.training` fetches its schedule with `get_forward_backward_func`, reports a step with `training_log` and saves
-with `save_checkpoint_and_time`. Inside `injected(hooks)` these names of that one module lead through `Hooks`: rollouts
-and the teacher pass happen before a schedule call, and its micro-batches replace the data iterator. Calls with any
-other forward step pass through untouched, and the originals are put back on exit, whatever happened.
+`megatron.training` steps with `train_step`, fetches its schedule with `get_forward_backward_func`, reports a step with
+`training_log` and saves with `save_checkpoint_and_time`. Inside `injected(hooks)` these names of that one module lead
+through `Hooks`: rollouts and the teacher pass happen before a schedule call, and its micro-batches replace the data
+iterator. Calls with any other forward step pass through untouched, and the originals are put back on exit, whatever
+happened.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +55,9 @@ class Hooks(Protocol):
 
     forward_step: Any
 
+    def stepping(self, model: list[Any], optimizer: Any) -> AbstractContextManager[None]:
+        """What one of Megatron's steps happens in: schedule call and optimizer."""
+
     def before_schedule(self, call: ScheduleCall) -> None:
         """Collect, and feed the call."""
 
@@ -76,11 +81,17 @@ def injected(hooks: Hooks) -> Iterator[None]:
     check_megatron()
     training: Any = importlib.import_module("megatron.training.training")
     get_schedule, training_log = training.get_forward_backward_func, training.training_log
-    save = training.save_checkpoint_and_time
+    train_step, save = training.train_step, training.save_checkpoint_and_time
     log_signature, save_signature = inspect.signature(training_log), inspect.signature(save)
+    step_signature = inspect.signature(train_step)
 
     def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         return _wrap(get_schedule(*args, **kwargs), hooks)
+
+    def wrapped_step(*args: Any, **kwargs: Any) -> Any:
+        given = step_signature.bind(*args, **kwargs).arguments
+        with hooks.stepping(given["model"], given["optimizer"]):
+            return train_step(*args, **kwargs)
 
     def wrapped_log(*args: Any, **kwargs: Any) -> Any:
         result = training_log(*args, **kwargs)
@@ -93,12 +104,12 @@ def injected(hooks: Hooks) -> Iterator[None]:
             return save(*args, **kwargs)
 
     training.get_forward_backward_func, training.training_log = get_wrapped_schedule, wrapped_log
-    training.save_checkpoint_and_time = wrapped_save
+    training.train_step, training.save_checkpoint_and_time = wrapped_step, wrapped_save
     try:
         yield
     finally:
         training.get_forward_backward_func, training.training_log = get_schedule, training_log
-        training.save_checkpoint_and_time = save
+        training.train_step, training.save_checkpoint_and_time = train_step, save
 
 
 def _wrap(schedule: Callable[..., Any], hooks: Hooks) -> Callable[..., Any]:

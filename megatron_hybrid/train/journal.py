@@ -7,9 +7,11 @@ Numbers that JSON does not know are the strings "NaN", "Infinity" and "-Infinity
 diverged run still shows how it diverged (null would look like a missing value), and float() turns them back.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def append(path: Path, record: Record) -> None:
-    """Adds one line and waits until the disk has it: a few ms a step, and a crash costs at most the line in flight."""
-    with open(path, "ab") as file:
-        file.write(_encoded(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"))
-        file.flush()
-        os.fsync(file.fileno())
+def line(record: Record) -> bytes:
+    """A record as its file holds it."""
+    return _encoded(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append(path: Path, *records: Record) -> None:
+    """Adds lines and waits until the disk has them: a few ms a step, and a crash costs at most the lines in flight."""
+    append_lines(path, map(line, records))
+
+
+def append_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Adds what `line` made: all or, where it raises OSError, none. What a full disk took of them is cut off again."""
+    end = _end_of_whole_lines(path)
+    try:
+        with open(path, "ab") as file:
+            file.truncate(end)
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):  # where even this fails, the next call does it
+            os.truncate(path, end)
+        raise
 
 
 def read(path: Path) -> list[Record]:
@@ -90,6 +109,22 @@ def _parsed(path: Path) -> list[tuple[Record, str]]:
     return parsed
 
 
+def _end_of_whole_lines(path: Path) -> int:
+    """Bytes of a file up to its last line break: what stands behind it was never finished."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 4096)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
 def _encoded(text: str) -> bytes:
     # Half a surrogate pair, which some tokenizers decode to, becomes \udXXX: within JSON that is its valid escape.
     return text.encode("utf-8", errors="backslashreplace")
@@ -98,5 +133,10 @@ def _encoded(text: str) -> bytes:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by renaming a finished neighbour: a reader, or a crash, meets the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(_encoded(text))
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(_encoded(text))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a part of a page must not fill what is left of a disk
+            temporary.unlink(missing_ok=True)
+        raise

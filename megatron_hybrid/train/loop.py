@@ -48,7 +48,9 @@ from megatron_hybrid.teachers.snapshot import SnapshotTeacher
 from megatron_hybrid.train.collection import fingerprint, load_collection, save_collection
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.failed_samples import FailedSamples
+from megatron_hybrid.train.infinite_kl import InfiniteKl
 from megatron_hybrid.train.measure import finished, held_out, measure_rollouts, sample_rows
+from megatron_hybrid.train.nonfinite import Batch, NonFiniteSteps
 from megatron_hybrid.train.peers import Peers
 from megatron_hybrid.train.pretraining import PretrainingData
 from megatron_hybrid.train.report import RunReport
@@ -106,6 +108,7 @@ class OnlineLoop:
     """Steps between measurements of the dense and sparse gradient norms."""
     peers: Peers
     """Told of every stage."""
+    nonfinite: NonFiniteSteps
 
     def __post_init__(self) -> None:
         self._step = int(self.args.iteration)
@@ -122,8 +125,13 @@ class OnlineLoop:
         self.updates = Updates(self.config.mini_batches, self.config.ppo_epochs)
         self.credit = Credit(self.config, self.parallel)
         self._clock = _Clock(self._enter)
+        self._infinite_kl = InfiniteKl(self.sampler.decode, self.parallel)
 
     # Hooks, in the order Megatron's step meets them.
+
+    def stepping(self, model: list[torch.nn.Module], optimizer: Any) -> contextlib.AbstractContextManager[None]:
+        """A step whose gradient is not finite is not taken."""
+        return self.nonfinite.stepping(model, optimizer)
 
     def before_schedule(self, call: ScheduleCall) -> None:
         """Rollouts, rewards, credit and the teacher pass; the call then reads these micro-batches."""
@@ -136,7 +144,7 @@ class OnlineLoop:
             self._evaluating = False
         self._clock = _Clock(self._enter)
         self.forward_step.metrics = self._held_out if call.forward_only else Metrics()
-        self.forward_step.token_kl = []
+        self.forward_step.token_numbers = []
         next_step = self._step + 1
         measured = next_step % self.gradient_norms_interval == 0 or next_step == 1
         self.forward_step.gradient_norms = measured and not call.forward_only
@@ -167,8 +175,16 @@ class OnlineLoop:
         self._step = int(record["iteration"])
         if self._copy is not None:
             self._copy.update(self._step)
-        if not self.parallel.is_last_stage or self._collected is None:
-            return
+        batch = None
+        if self.parallel.is_last_stage and self._collected is not None:
+            self._report_step(record)
+            assert self.forward_step.token_numbers is not None
+            batch = Batch(*self._collected, self.forward_step.token_numbers)
+        self.nonfinite.after_step(self._step, batch)
+        self._release()
+
+    def _report_step(self, record: dict[str, Any]) -> None:
+        assert self._collected is not None
         self._clock.rest("update")
         metrics = self.forward_step.metrics
         for name, seconds in self._clock.laps.items():
@@ -188,7 +204,8 @@ class OnlineLoop:
         if self.report is not None:
             with record_function("hybrid/report"):
                 self._report(self.report, values, *self._collected)
-        self._release()
+        if values.get("training/infinite_kl_tokens"):
+            self._tell_infinite_kl(int(values["training/infinite_kl_tokens"]), self._collected[1])
 
     def _report(
         self, report: RunReport, values: dict[str, float], scored: Scored, batches: list[HybridMicrobatch]
@@ -197,12 +214,21 @@ class OnlineLoop:
         report.step(self._step, values)
         if self._step % self.samples_interval and self._step != 1:
             return
-        assert scored.rewards is not None and self.forward_step.token_kl is not None
+        assert scored.rewards is not None and self.forward_step.token_numbers is not None
         # Context-parallel ranks each know the KL of some tokens of a response only.
         shows_kl = self.teacher is not None and self.parallel.cp.size == 1
-        token_kl = self.forward_step.token_kl if shows_kl else None
+        token_kl = [numbers.kl for numbers in self.forward_step.token_numbers] if shows_kl else None
         rows = sample_rows(scored.rollouts, scored.rewards, batches, token_kl, self.sampler.decode)
         report.samples(self._step, rows)
+
+    def _tell_infinite_kl(self, count: int, batches: list[HybridMicrobatch]) -> None:
+        """Collective over the last stage."""
+        numbers, runtime = self.forward_step.token_numbers, self.forward_step.runtime
+        assert numbers is not None and runtime is not None
+        records = self._infinite_kl.records(batches, numbers, runtime.vocab_size)
+        if self.report is not None:
+            where = self.report.infinite_kl(self._step, records)
+            self._infinite_kl.warn(self._step, count, records, where)
 
     def before_save(self, iteration: int) -> None:
         """What a run has to remember besides what Megatron does."""
@@ -260,7 +286,7 @@ class OnlineLoop:
     def _release(self) -> None:
         """The teacher's hidden states go before the next rollout needs the memory."""
         self._collected = None
-        self.forward_step.token_kl = None
+        self.forward_step.token_numbers = None
 
     # The stages.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from megatron_hybrid.train.peers import collective_timeout_s
 from megatron_hybrid.train.recorded import open_rollouts, open_teacher_store
 
 logger = logging.getLogger(__name__)
+
+LEAST_FREE_BYTES = 1 << 20
+"""Of the run folder's disk: a few hundred steps."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
     _check_batches(args, config)
     _check_teacher_settings(args, config, online, has_teacher)
     _check_waits(args, online)
+    if online.nonfinite_steps and args.optimizer_cuda_graph:
+        raise ConfigError(
+            f"nonfinite_steps is {online.nonfinite_steps}, but under --optimizer-cuda-graph the optimizer's step is "
+            "replayed as it was captured: it cannot be skipped. Set --hybrid-nonfinite-steps 0, or leave the graph out."
+        )
     room = args.seq_length - online.max_response_length
     if room < 1:
         raise ConfigError(
@@ -102,7 +111,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         teachers.check_tasks(tasks)
     store = open_teacher_store(config, online, tokenizer, streams[0])
     rubric = build_rubric(online)
-    _open_run_dir(online.run_dir)  # the first thing that is written
+    _open_run_dir(online.run_dir, writes=args.rank == args.world_size - 1)  # the first thing that is written
     return Prepared(
         config=config,
         online=online,
@@ -294,15 +303,26 @@ def _load_tokenizer(args: Namespace) -> Any:
     return tokenizer
 
 
-def _open_run_dir(folder: str) -> None:
-    """A folder that cannot be written, or whose journal is broken, must not be found out after the model is built."""
+def _open_run_dir(folder: str, *, writes: bool) -> None:
+    """A folder that cannot be written, or whose journal is broken, must not be found out after the model is built.
+
+    writes  this rank is the one that will: the others may have a disk of their own
+    """
+    path = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if writes:
+            with tempfile.TemporaryFile(dir=path) as probe:
+                probe.write(bytes(LEAST_FREE_BYTES))
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if (path / name).exists():
+                    open(path / name, "ab").close()
+        journal.read(path / "metrics.jsonl")
     except OSError as error:
         raise ConfigError(
-            f"the run folder {folder!r} cannot be made: {error}. Give another --hybrid-run-dir."
+            f"the run folder {folder!r} cannot be written: {error}. Metrics and samples of the run would be lost from "
+            "its first step on. Free the disk or change its permissions, or give another --hybrid-run-dir."
         ) from error
-    journal.read(Path(folder) / "metrics.jsonl")
 
 
 def _teacher_args(checkpoint: str, tokenizer: Any, args: Namespace) -> dict[str, Any]:

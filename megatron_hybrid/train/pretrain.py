@@ -34,6 +34,7 @@ from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.failed_samples import FailedSamples
 from megatron_hybrid.train.loop import OnlineLoop, Teachers
+from megatron_hybrid.train.nonfinite import NonFiniteSteps
 from megatron_hybrid.train.peers import Peers, collective_timeout_s
 from megatron_hybrid.train.prepare import Prepared, prepare
 from megatron_hybrid.train.pretraining import ScriptData
@@ -174,6 +175,8 @@ def _provider(
 ) -> _Provider:
     def build(num_samples: Sequence[int]) -> OnlineLoop:
         loop = _build_loop(prepared, args, forward_step, script, num_samples)
+        if loop.report is not None:
+            stack.callback(loop.report.close)
         stack.enter_context(injected(loop))
         return loop
 
@@ -200,6 +203,10 @@ def _build_loop(
     failed_samples = FailedSamples(online, parallel)
     sampler, eval_sampler, weight_sync = _build_samplers(prepared, parallel, failed_samples)
     forward_step.runtime = Runtime(tp=parallel.tp, vocab_size=len(tokenizer))
+    report = _open_report(prepared, args)
+    nonfinite = NonFiniteSteps(
+        online.nonfinite_steps, online.run_dir, parallel, fresh=args.iteration == 0, says=report is not None
+    )
     return OnlineLoop(
         args=args,
         config=config,
@@ -217,10 +224,11 @@ def _build_loop(
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
         saved_state=dict(saved.get("hybrid_state") or {}) if config.baseline == "running_mean" else {},
-        report=_open_report(prepared, args),
+        report=report,
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,
         peers=Peers(timeout_s=collective_timeout_s(args), by_itself=dist.get_backend() != "gloo"),
+        nonfinite=nonfinite,
     )
 
 
@@ -322,6 +330,7 @@ def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:
         wandb=get_wandb_writer(),
         start_step=args.iteration,
     )
+    report.guard_wandb_caller(borrow("megatron.training.wandb_utils", "on_save_checkpoint_success"))
     resolved = {"hybrid": as_dict(prepared.config), "online": as_dict(prepared.online), "tasks": list(prepared.tasks)}
     report.config({**resolved, "megatron": {name: value for name, value in sorted(vars(args).items())}})
     return report

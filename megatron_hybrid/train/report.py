@@ -7,17 +7,17 @@
     plots/                     drawn by `train/plots.py` at the end
 
 In: floats by name (`metrics.MEANINGS`), Megatron's own TensorBoard and wandb writers. Also one plain progress line a
-step: no cursor movement, so it reads the same in a terminal and in a Slurm log. Not here: reductions, collectives.
+step: no cursor movement, so it reads the same in a terminal and in a Slurm log. Whatever cannot be written once the run
+is under way is said once, counted, and no reason to end it (`outlets.py`). Not here: reductions, collectives.
 """
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hybrid.train import journal, samples, summary
+from megatron_hybrid.train.origin import git_revision, versions
+from megatron_hybrid.train.outlets import JournalOutlet, Outlet
 from megatron_hybrid.train.samples import Sample
-
-PACKAGES = (
-    "megatron-hybrid",
-    "megatron-core",
-    "transformer-engine",
-    "torch",
-    "triton",
-    "transformers",
-    "reasoning-gym",
-    "math-verify",
-    "numpy",
-)
-"""Packages whose version can change a result; what is not installed is left out."""
 
 MEDIAN_WINDOW = 20
 """Steps behind the time left: the median forgets slow first steps. Evaluations and checkpoints come on top."""
@@ -73,18 +62,58 @@ class RunReport:
         self._start_step = start_step
         self._tensorboard = tensorboard
         self._wandb = wandb
+        self._metrics = JournalOutlet(self.run_dir / "metrics.jsonl")
+        self._samples = JournalOutlet(self.run_dir / "samples.jsonl")
+        self._infinite_kl = JournalOutlet(self.run_dir / "infinite_kl.jsonl")
+        self._pages = Outlet("the run folder", "config.json, samples.md, summary.* and plots may be missing or old")
+        self._output = Outlet("standard output", "the progress lines are in metrics.jsonl alone")
+        self._to_tensorboard = Outlet("TensorBoard", "its curves have a gap, metrics.jsonl has the numbers")
+        self._to_wandb = Outlet("wandb", "its curves have a gap, metrics.jsonl has the numbers")
+        self._guards = ExitStack()
+        self._guard_writers()
         self._console = Console(quiet=not console, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         self._step_times_s: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self._last_end_s: float | None = None
         self._last_samples: Table | None = None
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for outlet in (self._metrics, self._samples, self._infinite_kl):
             # A fresh run keeps nothing of an earlier one in this folder, not even what it held before its first step.
-            dropped = journal.rewind(self.run_dir / name, start_step if start_step > 0 else -1)
+            dropped = journal.rewind(outlet.path, start_step if start_step > 0 else -1)
             if dropped:
-                self._say(f"{name}: {dropped} lines after step {start_step} moved aside, to be produced again")
+                self._say(f"{outlet.name}: {dropped} lines after step {start_step} moved aside, to be produced again")
+
+    def _guard_writers(self) -> None:
+        """Megatron, too, writes to them at every step."""
+        for outlet, writer, names in (
+            (self._to_tensorboard, self._tensorboard, _public_methods(self._tensorboard)),
+            (self._to_wandb, self._wandb, ("log", "finish")),
+        ):
+            if writer is not None:
+                self._guards.enter_context(outlet.guards(writer, names))
+
+    def guard_wandb_caller(self, function: Callable[..., Any]) -> None:
+        """A function of Megatron's that talks to wandb is no reason to end the run either; until `close`."""
+        self._guards.enter_context(self._to_wandb.guards(sys.modules[function.__module__], [function.__name__]))
+
+    def close(self) -> None:
+        """Says what could not be written, and gives the writers back as they were."""
+        for outlet in (
+            self._metrics,
+            self._samples,
+            self._infinite_kl,
+            self._pages,
+            self._output,
+            self._to_tensorboard,
+            self._to_wandb,
+        ):
+            if outlet.summary is not None:
+                self._say(outlet.summary)
+        self._guards.close()
 
     def config(self, settings: Mapping[str, Any]) -> None:
         """Writes config.json; that of an earlier attempt stays as config.before_step_<start_step>.json."""
+        self._pages.write(self._write_config, settings)
+
+    def _write_config(self, settings: Mapping[str, Any]) -> None:
         path = self.run_dir / "config.json"
         if path.exists() and self._start_step > 0:
             path.replace(self.run_dir / f"config.before_step_{self._start_step}.json")
@@ -102,9 +131,12 @@ class RunReport:
         """Says whose layers and optimizer compute, and adds them to config.json."""
         for part, classes in parts.items():
             self._say(f"{part}: {classes}")
+        self._pages.write(self._add_to_config, {"parts": dict(parts)})
+
+    def _add_to_config(self, more: Mapping[str, Any]) -> None:
         path = self.run_dir / "config.json"
         if path.exists():
-            journal.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "parts": dict(parts)})
+            journal.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **more})
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records one optimizer step, the `step`-th (from 1), and prints its progress line."""
@@ -125,13 +157,17 @@ class RunReport:
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Keeps the rows in samples.jsonl and makes them samples.md; `finish` shows the first few of the last ones."""
-        for row in rows:
-            journal.append(self.run_dir / "samples.jsonl", {"step": step, **row.as_record()})
+        self._samples.append(*({"step": step, **row.as_record()} for row in rows))
         page = samples.markdown(step, rows)
-        journal.write_text(self.run_dir / "samples.md", page)
+        self._pages.write(journal.write_text, self.run_dir / "samples.md", page)
         if self._tensorboard is not None:
             self._tensorboard.add_text("samples", page, step)
         self._last_samples = samples.table(step, rows)
+
+    def infinite_kl(self, step: int, records: Sequence[Mapping[str, Any]]) -> Path:
+        """Keeps tokens of infinite KL, as `InfiniteKl` names them; returns where."""
+        self._infinite_kl.append(*({"step": step, **record} for record in records))
+        return self._infinite_kl.path
 
     def finish(self, before: Mapping[str, float] | None = None, after: Mapping[str, float] | None = None) -> None:
         """Shows and saves held-out numbers before and after, then draws the plots.
@@ -139,28 +175,32 @@ class RunReport:
         before, after  as given to `evaluation`; None: the first and the last one in metrics.jsonl, so that a resumed
                        run compares with its real beginning
         """
-        held_out = [r for r in journal.read(self.run_dir / "metrics.jsonl") if r["kind"] == "eval"]
+        held_out = [r for r in self._metrics.read() if r["kind"] == "eval"]
         before = before if before is not None else _numbers(held_out[0]) if held_out else {}
         after = after if after is not None else _numbers(held_out[-1]) if held_out else {}
         if self._last_samples is not None:
-            self._console.print(self._last_samples)
+            self._output.write(self._console.print, self._last_samples)
         changes = summary.compare(before, after)
         if changes:
-            journal.write_json(self.run_dir / "summary.json", {c.name: c.as_record() for c in changes})
-            journal.write_text(self.run_dir / "summary.md", summary.markdown(changes))
-            self._console.print(summary.table(changes))
+            records = {c.name: c.as_record() for c in changes}
+            self._pages.write(journal.write_json, self.run_dir / "summary.json", records)
+            self._pages.write(journal.write_text, self.run_dir / "summary.md", summary.markdown(changes))
+            self._output.write(self._console.print, summary.table(changes))
+        self._draw()
+
+    def _draw(self) -> None:
         try:
             from megatron_hybrid.train import plots
         except ImportError as error:
             self._say(f"no plots drawn ({error}): install matplotlib, then python tools/plot_run.py {self.run_dir}")
             return
-        drawn = plots.draw(self.run_dir)
+        drawn = self._pages.write(plots.draw, self.run_dir)
         if drawn:
             self._say(f"{len(drawn)} figures in {drawn[0].parent}, all at a glance in {drawn[-1].name}")
 
     def _record(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **metrics}
-        journal.append(self.run_dir / "metrics.jsonl", line)
+        self._metrics.append(line)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -169,7 +209,7 @@ class RunReport:
 
     def _say(self, line: str) -> None:
         # soft_wrap: a line is never broken, whatever the width; markup off: names may hold brackets.
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._output.write(self._console.print, line, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_line(step: int, total_steps: int, metrics: Mapping[str, float], left_s: float | None) -> str:
@@ -198,31 +238,8 @@ def hours(seconds: float) -> str:
     return f"{h}:{m:02}:{s:02}"
 
 
-def versions() -> dict[str, str]:
-    """Python and the installed packages that can change a result; read from their metadata, none is imported."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_revision() -> dict[str, Any] | None:
-    """Revision of the working directory and whether it holds uncommitted changes; None outside a repository."""
-    try:
-        revision = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"revision": revision, "uncommitted_changes": bool(changed)}
-
-
-def _git(*arguments: str) -> str:
-    # 10 s: a repository on a slow network file system must not hold up a run for longer.
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+def _public_methods(writer: Any) -> list[str]:
+    return [name for name in dir(type(writer)) if not name.startswith("_") and callable(getattr(writer, name))]
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:

@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "allow_code_execution": True,
     "truncated_reward": -0.5,
     "gradient_norms_interval": 4,
+    "nonfinite_steps": 0,
     "backend": "compile",
     "lm_head": "logits",
     "lm_head_chunk_size": 100,

@@ -94,7 +94,7 @@ def last_stage(
     """The output processor as GPTModel calls it on the last stage: (step, loss [n], the head with its logits)."""
     step = HybridForwardStep(config)
     step.runtime = Runtime(tp=GroupView(), vocab_size=VOCAB)
-    step.gradient_norms, step.token_kl = True, []
+    step.gradient_norms, step.token_numbers = True, []
     head = Head()
     loss = step._hybrid_output(
         hidden_states=torch.randn(S, B, H, device=GPU, dtype=dtype).requires_grad_(),
@@ -140,8 +140,8 @@ def test_metrics_stay_on_the_device_until_they_are_reduced():
     collected = {**step.metrics._sums, **step.metrics._weights, **step.metrics._peaks}
     assert {"actor/kl_loss", "actor/grad_norm_dense", "actor/grad_norm_sparse"} <= collected.keys()
     assert {name: value.device for name, value in collected.items() if value.device != GPU} == {}
-    (kl,) = step.token_kl or []
-    assert kl.device == GPU and kl.shape == (N,)
+    (numbers,) = step.token_numbers or []
+    assert {(value.device, value.shape) for value in vars(numbers).values()} == {(GPU, (N,))}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from multiprocessing import get_context
 from typing import Any
 
@@ -14,7 +16,7 @@ from megatron_hybrid.errors import MegatronMismatch
 from megatron_hybrid.mcore.symbols import BORROWED, SEEN_VERSIONS, megatron_version
 from megatron_hybrid.schedule.inject import ScheduleCall, injected
 
-NAMES = ("get_forward_backward_func", "training_log", "save_checkpoint_and_time")
+NAMES = ("get_forward_backward_func", "training_log", "train_step", "save_checkpoint_and_time")
 
 
 def originals() -> list[Any]:
@@ -27,6 +29,12 @@ class Recorder:
     def __init__(self) -> None:
         self.forward_step = object()
         self.seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def stepping(self, model: Any, optimizer: Any) -> Iterator[None]:
+        self.seen.append(("stepping", model, optimizer))
+        yield
+        self.seen.append(("stepped",))
 
     def before_schedule(self, call: ScheduleCall) -> None:
         self.seen.append(("before", dict(call.kwargs)))
@@ -59,11 +67,23 @@ def hooks(monkeypatch) -> Recorder:
         hooks.seen.append(("save", iteration))
 
     monkeypatch.setattr(training, "get_forward_backward_func", lambda **kwargs: schedule)
+
+    def train_step(forward_step_func, data_iterator, model, optimizer, iteration=None) -> str:
+        hooks.seen.append(("train step", iteration))
+        return "losses and more"
+
     monkeypatch.setattr(training, "training_log", training_log)
+    monkeypatch.setattr(training, "train_step", train_step)
     monkeypatch.setattr(training, "save_checkpoint_and_time", save_checkpoint_and_time)
     # The stand-in log has a signature of its own; that the real one fits is what tests/mcore/test_symbols.py checks.
     monkeypatch.setattr("megatron_hybrid.schedule.inject.check_megatron", lambda: None)
     return hooks
+
+
+def test_a_step_happens_inside_the_hook_that_knows_its_model_and_optimizer(hooks):
+    with injected(hooks):
+        assert training.train_step(None, None, "model", "optimizer", iteration=3) == "losses and more"
+    assert hooks.seen == [("stepping", "model", "optimizer"), ("train step", 3), ("stepped",)]
 
 
 def test_our_state_is_ready_before_megatron_saves(hooks):

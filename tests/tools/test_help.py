@@ -18,6 +18,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
         ("precompute_teacher.py", "--store"),
         ("preprocess_data.py", "--output-prefix"),
         ("profile_step.py", "profile"),
+        ("soak.py", "--ranks"),
         ("train_tokenizer.py", "--vocab-size"),
     ],
 )

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 
+from tests.full_disk import small_disk
 from tests.online_jobs import WORDS, make_prompts, make_tokenizer, run
 from tests.train.test_sentencepiece import make_model as make_sentencepiece
 
@@ -469,3 +470,24 @@ def test_good_input_reaches_megatron(rank_pool, folder, overrides):
     kind, text, reached = rank_pool(1, init=False).run(attempt, str(folder), filled, {}, False)[0]
     assert (kind, reached) == ("nothing", True), text
     shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+@pytest.mark.parametrize("fault", ["read-only", "full", "journal is a folder", "a file is in its place"])
+def test_a_run_folder_that_cannot_be_written_is_refused(rank_pool, folder, tmp_path, fault):
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        run_dir, reason = disk.path, "No space left on device"
+        if fault == "read-only":
+            disk.read_only()
+            reason = "Read-only file system"
+        elif fault == "full":
+            disk.fill()
+        elif fault == "journal is a folder":
+            (disk.path / "metrics.jsonl").mkdir()
+            reason = "Is a directory"
+        else:
+            run_dir, reason = disk.path / "file", "File exists"
+            run_dir.write_text("")
+        overrides = REWARD_ONLY | {"hybrid_run_dir": str(run_dir)}
+        kind, text, reached = rank_pool(1, init=False).run(attempt, str(folder), overrides, {}, False)[0]
+    assert (kind, reached) == ("ConfigError", False)
+    assert re.search(f"the run folder '.*' cannot be written: .*{reason}.*or give another --hybrid-run-dir", text), text
