@@ -36,6 +36,7 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.architecture import ARCHITECTURE, OLDER_NAMES
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
+from megatron_hybrid.mcore.plain_reading import reading, require_unaltered, write_checksums
 from megatron_hybrid.mcore.save_signals import helpers_deaf_to_launchers
 
 Chunks = list[torch.nn.Module]
@@ -193,6 +194,8 @@ def settle_weights(model: Sequence[torch.nn.Module]) -> None:
 def save_weights(model: Chunks, folder: str | Path) -> None:
     """Writes weights and the job's arguments as a torch_dist checkpoint, which can be a teacher of another run.
 
+    Under Megatron's --verify-integrity with checksums.
+
     folder  made where it does not exist; on a file system that all ranks share
     """
     if dist.get_rank() == 0:
@@ -202,11 +205,20 @@ def save_weights(model: Chunks, folder: str | Path) -> None:
     with helpers_deaf_to_launchers():  # it may be the run's first save
         # Arguments differ from rank to rank (the rank itself), which is no fault of the checkpoint.
         dist_checkpointing.save(state, str(folder), preprocess_common_before_consistancy_check=lambda common: {})
+    if dist.get_rank() == 0 and getattr(get_args(), "verify_integrity", False):
+        write_checksums(Path(folder))
 
 
 def load_weights(model: Chunks, folder: str | Path) -> None:
-    """Fills every parameter from a torch_dist checkpoint, saved at any layout and vocabulary padding."""
-    loaded = dist_checkpointing.load(_sharded(model), str(checkpoint_folder(folder)))
+    """Fills every parameter from a torch_dist checkpoint, saved at any layout and vocabulary padding.
+
+    Raises:
+        DataError: it is broken; names the file.
+    """
+    inner = checkpoint_folder(folder)
+    require_unaltered(inner, together=True)
+    with reading(inner):
+        loaded = dist_checkpointing.load(_sharded(model), str(inner))
     for key, chunk in zip(_keys(model), model, strict=True):
         chunk.load_state_dict(loaded[key], strict=True)
 
