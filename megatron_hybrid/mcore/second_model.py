@@ -60,7 +60,7 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
 
     Raises:
         ConfigError: the job cannot build such a model: layers from a configuration file, too few learned positions,
-            layers that the stages cannot share evenly.
+            layers that the stages cannot share evenly, a layer spec of somebody's own.
     """
     parser = argparse.ArgumentParser()
     add_megatron_arguments(parser)
@@ -74,9 +74,21 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
             "the layers of the teacher differ by a configuration file (--heterogeneous-layers-config-path), which is "
             "the job's in Megatron, not the model's: such a teacher cannot be built beside a student. Use another one."
         )
+    _check_spec(merged.spec, args.spec)
     _check_positions(merged)
     _cut_into_stages(merged, args.num_layers)
     return merged
+
+
+def _check_spec(theirs: Any, ours: Any) -> None:
+    """A layer spec names a module to import and a function of it to call: not on the word of a checkpoint."""
+    module = theirs[0] if isinstance(theirs, list | tuple) and theirs else theirs
+    if theirs not in (None, ours) and not str(module).startswith("megatron."):
+        raise ConfigError(
+            f"the teacher's checkpoint was made with --spec {theirs}, which names code to import and run, and neither "
+            "Megatron's nor this job's: it is not taken from a checkpoint. Give this job the same --spec where you "
+            "trust it, or use another teacher."
+        )
 
 
 def _check_positions(merged: Namespace) -> None:

@@ -49,9 +49,7 @@ def _parsed(line: bytes | None) -> Any:
     if line is None:
         return ValueError(f"longer than {LONGEST_LINE_BYTES >> 20} MB")
     if b"\0" in line:
-        return ValueError(
-            f"not JSON (a NUL byte at byte {line.index(0)}, as in a file that was not written to its end)"
-        )
+        return ValueError(f"not JSON (NUL at byte {line.index(0)}, as in a file that was not written to its end)")
     try:
         return json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_no_json)
     except UnicodeDecodeError as error:

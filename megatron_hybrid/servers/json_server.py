@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,7 +19,8 @@ from typing import Any
 
 import urllib3
 
-from megatron_hybrid.errors import ServerError
+from megatron_hybrid.errors import ConfigError, ServerError
+from megatron_hybrid.servers.bounded import ASK, AnswerTooLarge, Patience, bounded_pool
 
 _BUSY = frozenset({429, 500, 502, 503, 504})
 _BUSY_WITH_ORDERS = _BUSY - {500}
@@ -55,23 +57,19 @@ class JsonServer:
         self.what = what
         self._timeout_s = timeout_s
         self._retries = retries
-        key = os.environ.get(key_variable) if key_variable else None
-        self._retry = urllib3.Retry(
+        self._key = _key(key_variable) if key_variable else ""
+        self._retry = Patience(
             retries,
             backoff_factor=pause_s / 2,
             status_forcelist=_BUSY,
             allowed_methods=None,  # POST too
             raise_on_status=False,
+            respect_retry_after_header=False,
         )
-        self._pool = urllib3.PoolManager(
-            maxsize=connections,
-            timeout=timeout_s,
-            headers={
-                "Accept": "application/json",
-                "Content-Type": "application/json",
-                **({"Authorization": f"Bearer {key}"} if key else {}),
-            },
-        )
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._pool = bounded_pool(headers, timeout_s=timeout_s, connections=connections)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON of the answer.
@@ -98,7 +96,18 @@ class JsonServer:
             # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
             data = None if body is None else json.dumps(body)
             retries = self._retry.new(status_forcelist=busy)
-            answer = self._pool.request("POST", self.url + path, body=data, retries=retries)
+            answer = self._pool.request("POST", self.url + path, body=data, retries=retries, **ASK)
+        except AnswerTooLarge as error:
+            raise ServerError(
+                f"{self.what} at {self.url}{path} gives {error}, where a whole one is smaller: it would fill the "
+                "memory of this machine. Ask for less at once (--hybrid-teacher-topk), or look at what answers there."
+            ) from error
+        except urllib3.exceptions.SSLError as error:
+            raise ServerError(
+                f"{self.what} at {self.url}{path} shows a certificate that is not trusted ({error}): nothing was sent. "
+                "Where an authority of your own has signed it, name that one's certificate in the environment "
+                "variable SSL_CERT_FILE; else it may be another server than you think."
+            ) from error
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerError(
@@ -106,7 +115,13 @@ class JsonServer:
                 f"{self._timeout_s:g} s: {cause}. The run cannot go on without it: start it, correct the address, or "
                 "allow more (--hybrid-server-timeout, --hybrid-server-retries)."
             ) from error
-        return answer.status, answer.data.decode("utf-8", errors="replace")
+        if 300 <= answer.status < 400:
+            raise ServerError(
+                f"{self.what} at {self.url}{path} redirects to {answer.headers.get('Location', 'nowhere')[:_SHOWN]!r}, "
+                "which is not followed: prompts and key would go to whom nobody has named. Give the final address."
+            )
+        text = answer.data.decode("utf-8", errors="replace")
+        return answer.status, text.replace(self._key, "(the key)") if self._key else text  # some show what they got
 
     def _require_done(self, path: str, status: int, text: str, busy: frozenset[int] = _BUSY) -> None:
         if not 200 <= status < 300:
@@ -119,6 +134,17 @@ class JsonServer:
             return json.loads(text)
         except ValueError as error:
             raise self.broken(path, f"answers something that is no JSON ({error})", text) from error
+
+
+def _key(variable: str) -> str:
+    """What the environment variable holds; an error of Python's own would show it."""
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ConfigError(
+            f"the environment variable {variable} holds characters that no key in an HTTP header can have (it is not "
+            "shown here): spaces, line breaks or letters beyond ASCII. Set it to the key alone."
+        )
+    return key
 
 
 def run_all[T](jobs: Sequence[Callable[[], T]], *, at_once: int) -> list[T]:
