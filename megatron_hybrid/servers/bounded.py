@@ -34,12 +34,12 @@ class Patience(urllib3.Retry):
     """urllib3's account of attempts, of which a certificate that is not trusted ends all."""
 
     def increment(
-        self, method: str | None = None, url: str | None = None, response: Any = None, error: Any = None, *more: Any
+        self, method: str | None = None, url: str | None = None, response: Any = None, error: Any = None, **more: Any
     ) -> Patience:
         refused = isinstance(error, urllib3.exceptions.SSLError) and error.args
         if refused and isinstance(error.args[0], ssl.SSLCertVerificationError):
             raise error
-        return super().increment(method, url, response, error, *more)
+        return super().increment(method, url, response, error, **more)
 
 
 class _Answer(http.client.HTTPResponse):
