@@ -62,7 +62,10 @@ class HttpReward:
         for reward, item in zip(rewards, items, strict=True):
             if not isinstance(reward, int | float):
                 raise self._server.broken("", f"gave {reward!r} for prompt {item['prompt_id']}, not a number", answer)
-        return [float(reward) for reward in rewards]
+        try:
+            return [float(reward) for reward in rewards]
+        except OverflowError as error:  # JSON has whole numbers of any length
+            raise self._server.broken("", "gave a number that no reward is as large as", answer) from error
 
 
 def _item(prompt: Prompt, response: str) -> dict[str, Any]:

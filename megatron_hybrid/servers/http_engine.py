@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
-from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob
+from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob, is_token_id
 from megatron_hybrid.servers.json_server import JsonServer
 
 WHOLE_DISTRIBUTION = {
@@ -56,7 +57,12 @@ class HttpEngine:
         self, found: list[Completion], reasons: Collection[str], n: int, answer: Any
     ) -> list[Completion]:
         """`found`, of an answer to one prompt; raises ServerError unless these are n responses that have ended."""
-        whole = all(len(c.token_ids) == len(c.log_probs) > 0 and all(map(is_log_prob, c.log_probs)) for c in found)
+        whole = all(
+            len(c.token_ids) == len(c.log_probs) > 0
+            and all(map(is_token_id, c.token_ids))
+            and all(map(is_log_prob, c.log_probs))
+            for c in found
+        )
         if len(found) != n or not whole or not set(reasons) <= {"length", "stop"}:
             raise self._server.broken(
                 self.PATH, f"should give {n} responses, each ended, with a log-prob for every token", answer
@@ -68,7 +74,9 @@ class HttpEngine:
     ) -> list[TopTokens]:
         """`found`, of an answer about one text; raises ServerError unless it has k tokens at each position."""
         if num_positions != length or not all(
-            len(top) == k and all(is_log_prob(value) for _, value in top) for top in found
+            len({token for token, _ in top}) == len(top) == k
+            and all(is_token_id(token) and (is_log_prob(value) or value == -math.inf) for token, value in top)
+            for top in found
         ):
             raise self._server.broken(
                 self.PATH, f"should give the {k} likeliest tokens at each of {length} positions", answer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ _BUSY_WITH_ORDERS = _BUSY - {500}
 """Without the status of an order that failed, which would fail again."""
 _SHOWN = 300
 """Characters of a bad answer that an error shows."""
+_PARTS = reprlib.Repr(maxdict=8, maxstring=200, maxother=80)  # some are as long as memory allows, or as deep
 
 
 class JsonServer:
@@ -89,7 +91,7 @@ class JsonServer:
 
     def broken(self, path: str, why: str, answer: Any) -> ServerError:
         """The error of an answer that came and cannot be used."""
-        return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {str(answer)[:_SHOWN]}")
+        return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {_excerpt(answer)}")
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None, busy: frozenset[int] = _BUSY) -> tuple[int, str]:
         try:
@@ -132,8 +134,12 @@ class JsonServer:
         self._require_done(path, status, text)
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(path, f"answers something that is no JSON ({error})", text) from error
+
+
+def _excerpt(answer: Any) -> str:
+    return (answer if isinstance(answer, str) else _PARTS.repr(answer))[:_SHOWN]
 
 
 def _key(variable: str) -> str:
