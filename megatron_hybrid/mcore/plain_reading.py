@@ -19,10 +19,9 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -90,10 +89,13 @@ def plain_data_only() -> Iterator[None]:
         value.seek(0)
         load_bytes(self, read_item, value)
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(filesystem, "pickle", _PickleOfIndexes()))
-        stack.enter_context(mock.patch.object(DefaultLoadPlanner, "load_bytes", checked))
+    torch_reader: Any = filesystem
+    planner: Any = DefaultLoadPlanner
+    torch_reader.pickle, planner.load_bytes = _PickleOfIndexes(), checked
+    try:
         yield
+    finally:
+        torch_reader.pickle, planner.load_bytes = pickle, load_bytes
 
 
 @contextmanager

@@ -5,5 +5,5 @@
     maths.py       cost-to-go, merged shards  servers.py   any bytes as a server's answer
 
 A few hundred cases each in every test run, the same ones (`test_fuzz.py`); as many as one likes by
-`python -m tests.fuzz --cases 100000`, others each time.
+`python -m tests.fuzz --cases 100000`, others each time; guided by coverage, where atheris is installed, by `guided.py`.
 """
