@@ -4,9 +4,12 @@ Their fields become `--hybrid-*` flags in `cli/arguments.py`. The settings of a 
 """
 
 import math
+import numbers
+import re
+import reprlib
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from megatron_hybrid.annealing import Annealed, annealed
 from megatron_hybrid.errors import ConfigError
@@ -31,6 +34,10 @@ LM_HEADS = ("fused", "logits")
 SCHEDULED = ("reward_weight", "imitation_weight", "discount")
 """Settings that have a schedule, `<setting>_schedule`."""
 
+_WIDER: dict[Any, type] = {float: numbers.Real, int: numbers.Integral}
+"""What a field of this type takes."""
+_LARGEST = 2**63
+
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field that carries its help text and choices to the command line."""
@@ -44,6 +51,23 @@ class FromArguments:
     def from_args(cls, args: Any) -> Self:
         """The settings in `args.hybrid_<field>`, validated."""
         return cls(**{f.name: getattr(args, f"hybrid_{f.name}") for f in fields(cls)})  # type: ignore[arg-type]
+
+    def check_types(self) -> None:
+        """Raises ConfigError where a value is none of its field's type: the command line makes no such, scripts may."""
+        for f in fields(self):  # type: ignore[arg-type]
+            _check_type(f.name, getattr(self, f.name), get_args(f.type) or (f.type,))
+
+
+def _check_type(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    # bool counts as a whole number to Python, and numpy's numbers are none of Python's.
+    wider = tuple(_WIDER.get(kind, kind) for kind in kinds)
+    if not (bool in kinds if isinstance(value, bool) else isinstance(value, wider)):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{name} must be {expected}, got {reprlib.repr(value)} ({type(value).__name__}).")
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{name} {reprlib.repr(value)} holds a character that neither files nor addresses can have.")
+    if isinstance(value, numbers.Integral) and abs(int(value)) > _LARGEST:
+        raise ConfigError(f"{name} is a number of {int(value).bit_length()} bits: nothing here goes that far.")
 
 
 @dataclass(frozen=True)
@@ -147,6 +171,7 @@ class HybridConfig(FromArguments):
     )
 
     def __post_init__(self) -> None:
+        self.check_types()
         self._check_choices()
         for step in self._turning_points():
             self._check_weights(step)

@@ -3,6 +3,7 @@
 Frozen, validated together, without torch, as the method's (`config.py`); the same fields become `--hybrid-*` flags.
 """
 
+import ipaddress
 import math
 import re
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ EXECUTES_CODE = "python_tests"
 LONG_PROMPTS = ("refuse", "drop")
 ON_FAILED_REWARD = ("stop", "zero", "drop")
 ON_FAILED_ROLLOUT = ("stop", "drop")
+BAD_RECORDS = ("stop", "skip")
 SERVER_APIS = ("vllm", "sglang")
 SERVER_KEY_VARIABLE = "HYBRID_SERVER_API_KEY"
 """Environment variable with the key of an inference engine's server, sent to no other server."""
 REWARD_KEY_VARIABLE = "HYBRID_REWARD_API_KEY"
 """The same for a server that is a reward."""
+
+_MOST_RETRIES = 1000
+"""With pauses of two minutes, more than a day."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class OnlineConfig(FromArguments):
         "prompts with more tokens than that, and recorded responses with more than max_response_length, end the run "
         "before it starts, or are dropped",
         LONG_PROMPTS,
+    )
+    on_bad_record: str = setting(
+        "stop",
+        "records of files that cannot be used end the run before it starts, or are left out and counted, with the "
+        "groups that miss one then",
+        BAD_RECORDS,
     )
     system_prompt: str | None = setting(None, "system message of the chat template; unset: the template's own default")
     max_response_length: int = setting(64, "tokens a response may have, end-of-sequence included")
@@ -151,6 +162,9 @@ class OnlineConfig(FromArguments):
         "steps in a row that are skipped because their gradient is not finite, after which the run stops; 0: none is "
         "skipped, what happens is up to Megatron's --rerun-mode and --no-check-for-nan-in-loss-and-grad",
     )
+    allow_http: bool = setting(
+        False, "send prompts and keys also over plain http:// to other machines, where who is on the way can read them"
+    )
     server_timeout: float = setting(600.0, "seconds that one request to a server may take")
     server_retries: int = setting(
         5, "times a request that failed is tried again, with pauses that double from one second"
@@ -170,6 +184,7 @@ class OnlineConfig(FromArguments):
         return (self.server_retries + 1) * self.server_timeout + pauses if asks else 0.0
 
     def __post_init__(self) -> None:
+        self.check_types()
         for name in ("prompts", "eval_prompts"):
             for share, source in split_weighted(name, getattr(self, name) or "unset"):
                 if share < 0:
@@ -179,8 +194,9 @@ class OnlineConfig(FromArguments):
         self._check_rollouts()
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ConfigError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
-        if self.long_prompts not in LONG_PROMPTS:
-            raise ConfigError(f"long_prompts must be one of {', '.join(LONG_PROMPTS)}; got {self.long_prompts!r}.")
+        for name, choices in (("long_prompts", LONG_PROMPTS), ("on_bad_record", BAD_RECORDS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
         self._check_rewards()
         for name in (
             "max_response_length",
@@ -221,7 +237,7 @@ class OnlineConfig(FromArguments):
         """What is rewarded, and what becomes of a response where that fails."""
         names = [name for _, name in self.rewards]
         for name in names:
-            _check_reward(name)
+            _check_reward(name, allow_http=self.allow_http)
         if self.file_reward != FILE_REWARDS[0] and "by_source" not in names:
             raise ConfigError(
                 f"file_reward is {self.file_reward!r}, but reward {self.reward!r} does not ask it: it is part of the "
@@ -277,7 +293,7 @@ class OnlineConfig(FromArguments):
         """Rewards, rollouts and teachers that are asked over HTTP."""
         for name in ("teacher_server", "rollout_server"):
             if (url := getattr(self, name)) is not None:
-                check_url(name, url)
+                check_url(name, url, allow_http=self.allow_http)
         if len(named := self.named_teachers) > 1:
             (first, one), (second, other), *_ = named.items()
             raise ConfigError(
@@ -300,8 +316,8 @@ class OnlineConfig(FromArguments):
             )
         if not (math.isfinite(self.server_timeout) and self.server_timeout > 0):
             raise ConfigError(f"server_timeout must be a finite number of seconds > 0, got {self.server_timeout}.")
-        if self.server_retries < 0:
-            raise ConfigError(f"server_retries must be at least 0, got {self.server_retries}.")
+        if not 0 <= self.server_retries <= _MOST_RETRIES:
+            raise ConfigError(f"server_retries must lie in [0, {_MOST_RETRIES}], got {self.server_retries}.")
 
     @property
     def has_rollouts(self) -> bool:
@@ -320,8 +336,11 @@ class OnlineConfig(FromArguments):
         return bool(self.named_teachers)
 
 
-def check_url(name: str, url: str) -> None:
-    """Raises ConfigError unless `url` is an address that can be asked, and that may be shown."""
+def check_url(name: str, url: str, *, allow_http: bool = False) -> None:
+    """Raises ConfigError unless `url` is an address that can be asked, that may be shown, and that nobody listens to.
+
+    allow_http  plain http:// also to other machines
+    """
     if re.match(r"[^/?#]*//[^/?#]*@", url):
         variable = REWARD_KEY_VARIABLE if name == "reward" else SERVER_KEY_VARIABLE
         raise ConfigError(
@@ -331,16 +350,30 @@ def check_url(name: str, url: str) -> None:
         )
     try:
         parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        # Characters that one parser drops and another reads would make it another host than the one that is checked.
+        fits = parts.scheme in ("http", "https") and parts.port != 0 and not re.search(r"[\s\\]|[^ -~]", url)
     except ValueError:  # a port that is no number
         fits = False
-    if not fits:
+    if not (fits and parts.hostname):
         raise ConfigError(f"{name} {url!r} is no address of a server: expected http://HOST:PORT or https://HOST.")
+    if parts.scheme == "http" and not allow_http and not _is_this_machine(parts.hostname):
+        raise ConfigError(
+            f"{name} {url!r} is plain http to another machine: prompts, responses and the server's key could be read "
+            "on the way, and answered by somebody else. Use https://, or say --hybrid-allow-http where the network "
+            "between is your own."
+        )
 
 
-def _check_reward(name: str) -> None:
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def _check_reward(name: str, *, allow_http: bool) -> None:
     if "://" in name:
-        check_url("reward", name)
+        check_url("reward", name, allow_http=allow_http)
     elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) and name not in REWARDS:
         several = " Several rewards need a weight each, as in 1*exact_match,0.5*math_answer." if "," in name else ""
         raise ConfigError(

@@ -3,6 +3,7 @@
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hybrid.config import HybridConfig, as_dict
@@ -133,8 +134,11 @@ def test_a_chunk_size_that_means_nothing_is_refused(settings):
         ({"reward": "http:///x"}, "no address of a server"),
         ({"reward": "http://host:port"}, "no address of a server"),
         ({"reward": "exact_match", "file_reward": "math_answer"}, "part of the reward by_source"),
+        ({"reward": "http://judge/score"}, "plain http to another machine: .*say --hybrid-allow-http"),
+        ({"reward": "http://local\nhost/score"}, "no address of a server"),
+        ({"reward": "http://localhost\\judge/score"}, "no address of a server"),
         ({"server_timeout": 0.0}, "server_timeout must be a finite number of seconds > 0, got 0.0"),
-        ({"server_retries": -1}, "server_retries must be at least 0, got -1"),
+        ({"server_retries": -1}, "server_retries must lie in .0, 1000., got -1"),
     ],
 )
 def test_a_reward_that_nobody_knows_is_refused_with_the_nearest_one(settings: dict[str, Any], message: str) -> None:
@@ -169,7 +173,7 @@ def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], messag
     [
         ({"rollout_server": "host:8000"}, "rollout_server 'host:8000' is no address of a server: expected http"),
         ({"teacher_server": "http://"}, "teacher_server 'http://' is no address"),
-        ({"teacher_server": "http://a", "teacher_load": "b"}, "teacher_server is 'http://a' and teacher_load 'b'"),
+        ({"teacher_server": "https://a", "teacher_load": "b"}, "teacher_server is 'https://a' and teacher_load 'b'"),
         (
             {"teacher_store": "a", "teacher_load": "b", "rollouts": "c.jsonl"},
             "teacher_load is 'b' and teacher_store 'a'",
@@ -178,8 +182,14 @@ def test_prompts_that_make_no_sense_are_refused(settings: dict[str, Any], messag
         ({"server_api": "vlm"}, "server_api must be one of vllm, sglang; got 'vlm'. Did you mean 'vllm'"),
         ({"server_requests": 0}, "server_requests must be at least 1, got 0"),
         ({"rollout_sync_interval": 2}, "there is no rollout_server to give weights to"),
-        ({"rollout_server": "http://a", "rollout_sync_interval": 0}, "rollout_sync_interval must be at least 1, got 0"),
-        ({"rollout_server": "http://a", "rollout_sync_dir": "x"}, "no weights are written: give rollout_sync_interval"),
+        (
+            {"rollout_server": "https://a", "rollout_sync_interval": 0},
+            "rollout_sync_interval must be at least 1, got 0",
+        ),
+        (
+            {"rollout_server": "https://a", "rollout_sync_dir": "x"},
+            "no weights are written: give rollout_sync_interval",
+        ),
     ],
 )
 def test_servers_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -204,11 +214,56 @@ def test_a_password_in_an_address_is_refused_and_not_shown(settings: dict[str, A
 
 
 def test_an_at_sign_behind_the_host_is_no_password() -> None:
-    assert OnlineConfig(reward="http://judge/score@v2?to=a@b").rewards == [(1.0, "http://judge/score@v2?to=a@b")]
+    assert OnlineConfig(reward="https://judge/score@v2?to=a@b").rewards == [(1.0, "https://judge/score@v2?to=a@b")]
+
+
+LOCAL = ("http://localhost:8000", "http://LOCALHOST", "http://127.0.0.1:1/v1", "http://127.1.2.3", "http://[::1]:8000")
+ELSEWHERE = (
+    "http://10.0.0.7:8000",
+    "http://192.168.1.2",
+    "http://node7:8000",
+    "http://localhost.example.com",
+    "http://0",
+)
+
+
+@pytest.mark.parametrize("name", ["teacher_server", "rollout_server"])
+def test_plain_http_goes_to_other_machines_only_where_told(name: str) -> None:
+    for url in (*LOCAL, "https://node7:8000"):
+        OnlineConfig(**{name: url})
+    for url in ELSEWHERE:
+        with pytest.raises(ConfigError, match="plain http to another machine: .* say --hybrid-allow-http"):
+            OnlineConfig(**{name: url})
+        OnlineConfig(**{name: url}, allow_http=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (HybridConfig, {"reward_weight": "1"}, r"reward_weight must be float, got '1' \(str\)"),
+        (HybridConfig, {"group_size": 4.0}, r"group_size must be int, got 4.0 \(float\)"),
+        (HybridConfig, {"group_size": True}, "group_size must be int, got True"),
+        (HybridConfig, {"prefix_correction": 1}, "prefix_correction must be bool, got 1"),
+        (HybridConfig, {"teacher_logit_floor": "low"}, "must be float or None, got 'low'"),
+        (HybridConfig, {"discount": 10**400}, "discount is a number of 1329 bits"),
+        (OnlineConfig, {"prompts": ["a.jsonl"]}, "prompts must be str or None, got"),
+        (OnlineConfig, {"run_dir": "a\0b"}, "run_dir 'a.x00b' holds a character that neither files"),
+        (OnlineConfig, {"system_prompt": "\ud800"}, "system_prompt .* holds a character"),
+        (OnlineConfig, {"server_retries": 10**9}, r"server_retries must lie in \[0, 1000\]"),
+        (OnlineConfig, {"on_bad_record": "drop"}, "on_bad_record must be one of stop, skip; got 'drop'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(config: type, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert HybridConfig(discount=np.float32(0.5), group_size=np.int64(8), reward_weight=2).group_size == 8
 
 
 def test_a_server_counts_as_a_teacher() -> None:
-    assert OnlineConfig(teacher_server="http://a").names_teacher and OnlineConfig(teacher_load="a").names_teacher
+    assert OnlineConfig(teacher_server="https://a").names_teacher and OnlineConfig(teacher_load="a").names_teacher
     assert not OnlineConfig().names_teacher
 
 
@@ -216,9 +271,9 @@ def test_a_server_counts_as_a_teacher() -> None:
     ("settings", "seconds"),
     [
         ({}, 0),
-        ({"reward": "1*exact_match,1*http://judge"}, 6 * 600 + 1 + 2 + 4 + 8),  # no pause before the first
-        ({"teacher_server": "http://a", "server_retries": 0, "server_timeout": 7.0}, 7),
-        ({"rollout_server": "http://a", "server_retries": 1, "server_timeout": 7.0}, 14),
+        ({"reward": "1*exact_match,1*https://judge"}, 6 * 600 + 1 + 2 + 4 + 8),  # no pause before the first
+        ({"teacher_server": "https://a", "server_retries": 0, "server_timeout": 7.0}, 7),
+        ({"rollout_server": "https://a", "server_retries": 1, "server_timeout": 7.0}, 14),
     ],
 )
 def test_the_longest_that_a_run_waits_for_a_server(settings: dict[str, Any], seconds: float) -> None:

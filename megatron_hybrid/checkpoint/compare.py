@@ -25,7 +25,9 @@ def compare_logits(hf_folder: str | Path, megatron_folder: str | Path, *, text: 
 
     tokens = AutoTokenizer.from_pretrained(str(hf_folder))(text, return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(str(hf_folder), dtype=torch.float32)(tokens).logits
+        expected = AutoModelForCausalLM.from_pretrained(str(hf_folder), dtype=torch.float32, use_safetensors=True)(
+            tokens
+        ).logits
     state, args = load_megatron_state(megatron_folder)
     logits = megatron_logits(state, args, tokens)[..., : expected.shape[-1]]
     difference = ((logits - expected).abs().max() / expected.abs().max()).item()

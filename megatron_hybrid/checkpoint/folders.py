@@ -116,6 +116,7 @@ def prune_megatron_folder(
 
 def load_hf_folder(folder: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """State dict and config.json of a Hugging Face folder with safetensors files."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -127,8 +128,26 @@ def load_hf_folder(folder: str | Path) -> "tuple[dict[str, Tensor], dict[str, An
         )
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= load_file(file)
-    return state, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{file} is no whole safetensors file ({error}): copy or download it again.") from error
+    return state, read_hf_config(folder)
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder / 'config.json'} cannot be read ({error}): copy or download it again.") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{folder / 'config.json'} is a JSON {type(config).__name__}, not an object of settings.")
+    return config
 
 
 def _refuse_a_folder_with_a_model(folder: str | Path) -> None:

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.checkpoint.folders import read_hf_config
 from megatron_hybrid.errors import DataError
 
 _LAYOUT = {
@@ -111,7 +112,7 @@ def _inspect_hf(folder: Path) -> Inspection:
                     entries.append(TensorEntry(name, tuple(header.get_shape()), _dtype(header.get_dtype()), True))
         except SafetensorError as error:
             raise DataError(f"{file} is no whole safetensors file ({error}): copy or convert it again.") from error
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_hf_config(folder)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     facts = [
         ("folder", str(folder)),

@@ -14,12 +14,12 @@ from megatron_hybrid.online_config import OnlineConfig
 _GROUPS = {
     "hybrid teacher": "teacher_",
     "hybrid responses": "group_size|student_temperature|max_response|rollout_batch|pack_",
-    "hybrid servers": "rollout_server|rollout_sync|server_",
+    "hybrid servers": "rollout_server|rollout_sync|server_|allow_http",
     "hybrid use of responses": "rollout_|prefix_|clip_|mini_batches|ppo_epochs",
     "hybrid LM head and op": "backend|lm_head",
     "hybrid prompts and rewards": (
-        "prompts|rollouts|eval_|max_prompt|long_prompts|system_|reward$|file_reward|truncated_reward|on_failed|"
-        "reward_workers|reward_timeout|reward_memory|allow_code"
+        "prompts|rollouts|eval_|max_prompt|long_prompts|on_bad|system_|reward$|file_reward|truncated_reward|"
+        "on_failed|reward_workers|reward_timeout|reward_memory|allow_code"
     ),
     "hybrid batches of the script's own": "pretraining_",
     "hybrid run folder and resume": "run_dir|allow_other|gradient_norms|samples_|nonfinite_",

@@ -24,12 +24,14 @@ def run(
 
     import megatron_hybrid as mh
     from megatron_hybrid.errors import HybridError
+    from megatron_hybrid.mcore.plain_reading import plain_data_only
     from megatron_hybrid.mcore.symbols import borrow, check_apex, mismatch
 
     try:
         check_apex()  # before Megatron imports it
         mh.cpu.enable()
-        program(borrow("megatron.training.arguments", "parse_and_validate_args")(add_arguments))
+        with plain_data_only():  # --use-checkpoint-args reads the checkpoint of --load while arguments are parsed
+            program(borrow("megatron.training.arguments", "parse_and_validate_args")(add_arguments))
     except HybridError as error:
         sys.exit(f"error: {error}")
     except ImportError as error:

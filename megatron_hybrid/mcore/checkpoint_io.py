@@ -30,6 +30,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.errors import DataError, HybridError
+from megatron_hybrid.mcore.plain_reading import reading, require_unaltered, write_checksums
 from megatron_hybrid.runtime import cpu
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -159,6 +160,7 @@ def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], ar
             load_weights(model, state)
             whole = {"model": model.sharded_state_dict(), "args": Namespace(**stored)}
             dist_checkpointing.save({**whole, "checkpoint_version": 3.0, "iteration": 0}, str(unfinished))
+        write_checksums(unfinished)
         unfinished.rename(folder / "release")
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -180,15 +182,18 @@ def _whole_tensors(inner: Path, names: set[str]) -> dict[str, Tensor]:
 
 def load_metadata(folder: str | Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
     """What a checkpoint stores besides tensors, and global shape and dtype of each tensor; none of them is loaded."""
-    inner = str(checkpoint_folder(folder))
-    tensors = dist_checkpointing.load_tensors_metadata(inner)
-    shapes = {name: (tuple(tensor.global_shape), tensor.dtype) for name, tensor in tensors.items()}
-    return dist_checkpointing.load_common_state_dict(inner), shapes
+    inner = checkpoint_folder(folder)
+    with reading(inner):
+        tensors = dist_checkpointing.load_tensors_metadata(str(inner))
+        shapes = {name: (tuple(tensor.global_shape), tensor.dtype) for name, tensor in tensors.items()}
+        return dist_checkpointing.load_common_state_dict(str(inner)), shapes
 
 
 def load_megatron_args(folder: str | Path) -> dict[str, Any]:
     """The arguments stored in a checkpoint, without its tensors."""
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint_folder(folder)))
+    inner = checkpoint_folder(folder)
+    with reading(inner):
+        common = dist_checkpointing.load_common_state_dict(str(inner))
     if common.get("args") is None:
         raise DataError(
             f"{folder} holds no arguments, so the model cannot be rebuilt from it: it was not saved by training."
@@ -201,12 +206,17 @@ def load_megatron_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str
 
     folder  what --load takes, or the folder of one iteration
     Optimizer, random states and the like are left on disk.
+
+    Raises:
+        DataError: it is none, or broken; names the file.
     """
     inner = checkpoint_folder(folder)
+    require_unaltered(inner, together=False)
     args = load_megatron_args(folder)
-    metadata = dist_checkpointing.load_tensors_metadata(str(inner))
-    wanted = {name: entry for name, entry in metadata.items() if name.startswith(MODEL_TENSORS)}
-    plain = _whole_tensors(inner, set(wanted))
+    with reading(inner):
+        metadata = dist_checkpointing.load_tensors_metadata(str(inner))
+        wanted = [name for name in metadata if name.startswith(MODEL_TENSORS)]
+        plain = _whole_tensors(inner, set(wanted))
     state: dict[str, Tensor] = {}
     stacked: dict[str, Tensor] = {}
     for name in wanted:
@@ -226,9 +236,16 @@ def checkpoint_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     inner, tracker = folder, folder / _TRACKER
     if tracker.exists():
-        word = tracker.read_text(encoding="utf-8").strip()
+        word = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if word != "release" and not re.fullmatch("[0-9]{1,12}", word):
+            raise DataError(
+                f"{tracker} should say which iteration is the newest, a number or 'release', but says {word[:40]!r}: "
+                "it was cut off or altered. Write the number there, or give the folder of the iteration itself."
+            )
         inner = folder / (word if word == "release" else f"iter_{int(word):07d}")
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(inner)):
+    with reading(inner):
+        is_one = dist_checkpointing.check_is_distributed_checkpoint(str(inner))
+    if not is_one:
         raise DataError(
             f"{inner} is no torch_dist checkpoint: a folder with {_TRACKER}, or one iteration inside it, was expected. "
             "Save with --ckpt-format torch_dist, or convert with tools/convert_checkpoint.py."

@@ -35,6 +35,7 @@ from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.architecture import ARCHITECTURE, OLDER_NAMES
 from megatron_hybrid.mcore.builder import build_chunks
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
+from megatron_hybrid.mcore.plain_reading import reading, require_unaltered, write_checksums
 from megatron_hybrid.mcore.save_signals import helper_of_the_writer
 
 Chunks = list[torch.nn.Module]
@@ -58,7 +59,7 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
 
     Raises:
         ConfigError: the job cannot build such a model: layers from a configuration file, too few learned positions,
-            layers that the stages cannot share evenly.
+            layers that the stages cannot share evenly, a layer spec of somebody's own.
     """
     parser = argparse.ArgumentParser()
     add_megatron_arguments(parser)
@@ -72,9 +73,21 @@ def frozen_args(args: Namespace, checkpoint_args: Mapping[str, Any]) -> Namespac
             "the layers of the teacher differ by a configuration file (--heterogeneous-layers-config-path), which is "
             "the job's in Megatron, not the model's: such a teacher cannot be built beside a student. Use another one."
         )
+    _check_spec(merged.spec, args.spec)
     _check_positions(merged)
     _cut_into_stages(merged, args.num_layers)
     return merged
+
+
+def _check_spec(theirs: Any, ours: Any) -> None:
+    """A layer spec names a module to import and a function of it to call: not on the word of a checkpoint."""
+    module = theirs[0] if isinstance(theirs, list | tuple) and theirs else theirs
+    if theirs not in (None, ours) and not str(module).startswith("megatron."):
+        raise ConfigError(
+            f"the teacher's checkpoint was made with --spec {theirs}, which names code to import and run, and neither "
+            "Megatron's nor this job's: it is not taken from a checkpoint. Give this job the same --spec where you "
+            "trust it, or use another teacher."
+        )
 
 
 def _check_positions(merged: Namespace) -> None:
@@ -187,6 +200,8 @@ def settle_weights(model: Sequence[torch.nn.Module]) -> None:
 def save_weights(model: Chunks, folder: str | Path) -> None:
     """Writes weights and the job's arguments as a torch_dist checkpoint, which can be a teacher of another run.
 
+    Under Megatron's --verify-integrity with checksums.
+
     folder  made where it does not exist; on a file system that all ranks share
     """
     if dist.get_rank() == 0:
@@ -196,11 +211,20 @@ def save_weights(model: Chunks, folder: str | Path) -> None:
     with helper_of_the_writer():  # it may be the run's first save
         # Arguments differ from rank to rank (the rank itself), which is no fault of the checkpoint.
         dist_checkpointing.save(state, str(folder), preprocess_common_before_consistancy_check=lambda common: {})
+    if dist.get_rank() == 0 and getattr(get_args(), "verify_integrity", False):
+        write_checksums(Path(folder))
 
 
 def load_weights(model: Chunks, folder: str | Path) -> None:
-    """Fills every parameter from a torch_dist checkpoint, saved at any layout and vocabulary padding."""
-    loaded = dist_checkpointing.load(_sharded(model), str(checkpoint_folder(folder)))
+    """Fills every parameter from a torch_dist checkpoint, saved at any layout and vocabulary padding.
+
+    Raises:
+        DataError: it is broken; names the file.
+    """
+    inner = checkpoint_folder(folder)
+    require_unaltered(inner, together=True)
+    with reading(inner):
+        loaded = dist_checkpointing.load(_sharded(model), str(inner))
     for key, chunk in zip(_keys(model), model, strict=True):
         chunk.load_state_dict(loaded[key], strict=True)
 

@@ -1,23 +1,18 @@
 """Questions from a file of records {"prompt": str, "answer": str, "task": str (optional)}: .jsonl lines, .parquet rows.
 
-Further fields are kept and reach the reward in `entry["record"]`. The whole file is read and checked at once, so that a
-bad line 90 000 is a message in the first second and not a crash in the second hour.
+Further fields are kept and reach the reward in `entry["record"]`. Where records have an `id`, no two have the same.
 """
 
 import logging
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.errors import DataError
-from megatron_hybrid.prompts.jsonl import jsonl_records
-from megatron_hybrid.prompts.parquet import parquet_records
-from megatron_hybrid.prompts.question import Question, Refuse
-
-_SHOWN_PROBLEMS = 5  # enough to see the pattern of what is wrong without burying it
-_FORMS = {".jsonl": ("line", jsonl_records), ".parquet": ("row", parquet_records)}
-FILE_ENDINGS = tuple(_FORMS)
+from megatron_hybrid.prompts.question import LeftOut, Question, Refuse
+from megatron_hybrid.prompts.record_file import checked_record, parsed_records
 
 _log = logging.getLogger(__name__)
 
@@ -25,26 +20,33 @@ _log = logging.getLogger(__name__)
 class FileSource:
     """The questions of a file, in the file's order (the stream shuffles)."""
 
-    def __init__(self, questions: Sequence[Question], name: str) -> None:
+    def __init__(self, questions: Sequence[Question], name: str, left_out: tuple[LeftOut, ...] = ()) -> None:
         self._questions = tuple(questions)
         self.size: int = len(self._questions)
         self.tasks = frozenset(question.task for question in self._questions)
+        self.left_out = left_out
         self._name = name
 
     @classmethod
-    def read(cls, path: str | Path) -> "FileSource":
-        """The file's ending, one of `FILE_ENDINGS`, says what it is.
+    def read(cls, path: str | Path, *, on_bad_record: str = "stop") -> "FileSource":
+        """The file's ending, one of `record_file.FILE_ENDINGS`, says what it is.
+
+        on_bad_record  see `parsed_records`
 
         Raises:
             DataError: it cannot be read, holds a record that is no question, or none at all.
         """
         path = Path(path)
+        places: dict[tuple[type, Any], str] = {}
 
         def question(record: Any, place: dict[str, int]) -> Question:
-            return _question(record, {"source": path.suffix[1:], **place, "record": record}, path.stem)
+            made = _question(record, {"source": path.suffix[1:], **place, "record": record}, path.stem)
+            _refuse_known_id(record.get("id"), " ".join(f"{unit} {number}" for unit, number in place.items()), places)
+            return made
 
         expected = '{"prompt": "...", "answer": "..."}'
-        return cls(parsed_records(path, question, what="questions", expected=expected), str(path))
+        records = parsed_records(path, question, what="questions", expected=expected, on_bad_record=on_bad_record)
+        return cls(records.found, str(path), () if records.left_out is None else (records.left_out,))
 
     def item(self, index: int) -> Question:
         return self._questions[index]
@@ -61,7 +63,7 @@ class FileSource:
             )
         if dropped := self.size - len(kept):
             _log.warning("%s: %d questions are also held out and are not trained on", self._name, dropped)
-        return FileSource(kept, self._name)
+        return FileSource(kept, self._name, self.left_out)
 
     def fitting(self, refuse: Refuse) -> "FileSource":
         reasons = [refuse(question) for question in self._questions]
@@ -72,56 +74,19 @@ class FileSource:
             raise DataError(f"no question of {self._name} can be used: {said}. Allow longer prompts, or use others.")
         if found:
             _log.warning("%s: %d of %d questions are left out: %s", self._name, sum(found.values()), self.size, said)
-        return FileSource(kept, self._name)
-
-
-def parsed_records[T](path: Path, parse: Callable[[Any, dict[str, int]], T], *, what: str, expected: str) -> list[T]:
-    """Every record of a file, the problems of all of them told at once.
-
-    parse           from a record and {"line" or "row": its number}; a ValueError says what is wrong with it
-    what, expected  for messages: what the file should hold, and the form of a record
-
-    Raises:
-        DataError: it cannot be read, holds a record that `parse` refuses, or none at all.
-    """
-    unit, records = _FORMS[path.suffix]
-    found, problems = [], []
-    for number, record in records(path):
-        try:
-            found.append(parse(record, {unit: number}))
-        except ValueError as problem:
-            problems.append(f"{unit} {number}: {problem}")
-    if problems:
-        more = len(problems) - _SHOWN_PROBLEMS
-        raise DataError(
-            f"{path}: {len(problems)} of {len(problems) + len(found)} {unit}s cannot be used. Expected "
-            f'{expected} in each {unit}, "task" if you like. '
-            + "; ".join(problems[:_SHOWN_PROBLEMS])
-            + (f"; and {more} more." if more > 0 else ".")
-        )
-    if not found:
-        raise DataError(f"{path} holds no {what}: expected {expected} in each {unit}.")
-    return found
-
-
-def checked_record(record: Any, required: Sequence[str]) -> dict[str, Any]:
-    """A record with a prompt, and these fields; a ValueError says what is wrong with it."""
-    if isinstance(record, ValueError):
-        raise record
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, not an object")
-    for name in required:
-        if name not in record:
-            raise ValueError(f"no {name!r} field (it has {', '.join(map(repr, record)) or 'none'})")
-    for name in ("prompt", "answer", "task"):
-        if not isinstance(record.get(name, ""), str):
-            raise ValueError(f"{name!r} is a {type(record[name]).__name__}, not a string")
-    if not record["prompt"].strip():
-        raise ValueError("'prompt' is empty")
-    return record
+        return FileSource(kept, self._name, self.left_out)
 
 
 def _question(record: Any, entry: dict[str, Any], default_task: str) -> Question:
     """One record as a question; a ValueError says what is wrong with it."""
     record = checked_record(record, ("prompt", "answer"))
     return Question(record["prompt"], record.get("task", default_task), record["answer"], entry)
+
+
+def _refuse_known_id(found: Any, place: str, places: dict[tuple[type, Any], str]) -> None:
+    """Raises ValueError where an earlier record has this id; `places` knows where each was."""
+    if not isinstance(found, str | int):
+        return
+    first = places.setdefault((type(found), found), place)  # 1 and true are not one id
+    if first != place:
+        raise ValueError(f"'id' is {reprlib.repr(found)}, which {first} has already")

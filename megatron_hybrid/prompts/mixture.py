@@ -29,6 +29,7 @@ class MixtureSource:
     def __init__(self, parts: Sequence[tuple[float, PromptSource]], *, seed: int) -> None:
         self.parts = tuple(parts)
         self.tasks = frozenset[str]().union(*(source.tasks for _, source in parts))
+        self.left_out = tuple(each for _, source in parts for each in source.left_out)
         self._seed = seed
         self._counts = _counts([share for share, _ in parts])
         self._orders = [Order(source, seed=f"{seed}/{number}") for number, (_, source) in enumerate(parts)]

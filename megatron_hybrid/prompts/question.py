@@ -23,6 +23,19 @@ class Question:
     """Its group of responses, where a file holds them."""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a file holds that a run was told to leave out, because it cannot be used."""
+
+    file: str
+    unit: str
+    """lines, rows, or groups."""
+    count: int
+    of: int
+    reasons: tuple[str, ...]
+    """The first few, each with its place."""
+
+
 Refuse = Callable[[Question], str | None]
 """Why a question cannot be used, in words that count alike (`longer than 79 tokens`); None: it can."""
 
@@ -38,6 +51,11 @@ class PromptSource(Protocol):
     @property
     def tasks(self) -> frozenset[str]:
         """Every task that its questions can have."""
+        ...
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What its files hold and it does not."""
         ...
 
     def item(self, index: int) -> Question: ...

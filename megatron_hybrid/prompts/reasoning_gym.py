@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from megatron_hybrid.errors import ConfigError, DataError
-from megatron_hybrid.prompts.question import Question, Refuse
+from megatron_hybrid.prompts.question import LeftOut, Question, Refuse
 
 _HELD_OUT = range(0, 2**20)
 _EXAMPLES = range(2**20, 2**21)
@@ -115,6 +115,7 @@ class ReasoningGymSource:
     """An endless mixture of generated questions, a pure function of (settings, seed, held_out, index)."""
 
     size: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     def __init__(
         self,

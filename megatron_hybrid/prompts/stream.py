@@ -72,7 +72,7 @@ class PromptStream:
             longest = max(too_long, key=lambda prompt: len(prompt.token_ids))
             raise DataError(
                 f"{len(too_long)} of {len(prompts)} prompts are longer than {self._max_prompt_length} tokens; the "
-                f"longest has {len(longest.token_ids)} (task {longest.task!r}: {_excerpt(longest.text)}). Cut prompts "
+                f"longest has {len(longest.token_ids)} ({_place(longest)}: {_excerpt(longest.text)}). Cut prompts "
                 "would ask something else, so none are: raise the sequence length, lower max_response_length, shorten "
                 "the system prompt, or take these questions out (--hybrid-long-prompts drop; reasoning-gym: a smaller "
                 "configuration of the task)."
@@ -83,7 +83,7 @@ class PromptStream:
             raise DataError(
                 f"with the teacher's hint {len(too_long)} of {len(prompts)} prompts are longer than "
                 f"{self._max_prompt_length} tokens; the longest has {len(longest.teacher_token_ids or ())}, "
-                f"{len(longest.token_ids)} without it (task {longest.task!r}: {_excerpt(longest.text)}). The teacher "
+                f"{len(longest.token_ids)} without it ({_place(longest)}: {_excerpt(longest.text)}). The teacher "
                 "reads hint and response in one sequence: raise the sequence length, lower max_response_length, or "
                 "shorten the hint."
             )
@@ -100,6 +100,12 @@ def too_long(template: PromptTemplate, max_prompt_length: int) -> Refuse:
         return None
 
     return refuse
+
+
+def _place(prompt: Prompt) -> str:
+    """Where a prompt comes from: its task, and its line or row in a file."""
+    places = [f"{unit} {prompt.entry[unit]}" for unit in ("line", "row") if unit in prompt.entry]
+    return ", ".join([*places, f"task {prompt.task!r}"])
 
 
 def _excerpt(text: str, length: int = 80) -> str:

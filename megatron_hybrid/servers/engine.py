@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,6 +63,14 @@ def likeliest(pairs: Sequence[tuple[int, float]], k: int) -> TopTokens:
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]
 
 
+_LOWEST_FP32 = -3.4028234e38
+
+
 def is_log_prob(value: object) -> bool:
-    """Whether a server's number can be the logarithm of a probability; rounding may lift one a little above 0."""
-    return isinstance(value, int | float) and not math.isnan(value) and value < 1e-3
+    """Whether a server's number can be the logarithm of a probability above 0; rounding may lift one a little over."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and _LOWEST_FP32 <= value < 1e-3
+
+
+def is_token_id(value: object) -> bool:
+    """Whether a server's number can be a token's."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

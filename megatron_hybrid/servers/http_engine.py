@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from megatron_hybrid.errors import ServerError
 from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
-from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob
+from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob, is_token_id
 from megatron_hybrid.servers.json_server import JsonServer, run_all
 
 WHOLE_DISTRIBUTION = {
@@ -72,7 +73,7 @@ class HttpEngine:
         most `room` tokens."""
         whole = all(
             0 < len(c.token_ids) == len(c.log_probs) <= room
-            and all(isinstance(token, int) for token in c.token_ids)
+            and all(map(is_token_id, c.token_ids))
             and all(map(is_log_prob, c.log_probs))
             for c in found
         )
@@ -89,7 +90,9 @@ class HttpEngine:
     ) -> list[TopTokens]:
         """`found`, of an answer about one text; raises ServerError unless it has k tokens at each position."""
         if num_positions != length or not all(
-            len(top) == k and all(is_log_prob(value) for _, value in top) for top in found
+            len({token for token, _ in top}) == len(top) == k
+            and all(is_token_id(token) and (is_log_prob(value) or value == -math.inf) for token, value in top)
+            for top in found
         ):
             raise self._server.broken(
                 self.PATH, f"should give the {k} likeliest tokens at each of {length} positions", answer

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,7 +20,8 @@ from typing import Any
 
 import urllib3
 
-from megatron_hybrid.errors import ServerError
+from megatron_hybrid.errors import ConfigError, ServerError
+from megatron_hybrid.servers.bounded import ASK, AnswerTooLarge, Patience, bounded_pool
 
 Answer = urllib3.BaseHTTPResponse
 
@@ -27,6 +30,7 @@ _BUSY_WITH_ORDERS = _BUSY - {500}
 """Without the status of an order that failed, which would fail again."""
 _SHOWN = 300
 """Characters of a bad answer that an error shows."""
+_PARTS = reprlib.Repr(maxdict=8, maxstring=200, maxother=80)  # some are as long as memory allows, or as deep
 
 
 class JsonServer:
@@ -57,23 +61,19 @@ class JsonServer:
         self.what = what
         self._timeout_s = timeout_s
         self._retries = retries
-        key = os.environ.get(key_variable) if key_variable else None
-        self._retry = urllib3.Retry(
+        self._key = _key(key_variable) if key_variable else ""
+        self._retry = Patience(
             retries,
             backoff_factor=pause_s / 2,
             status_forcelist=_BUSY,
             allowed_methods=None,  # POST too
             raise_on_status=False,
+            respect_retry_after_header=False,
         )
-        self._pool = urllib3.PoolManager(
-            maxsize=connections,
-            timeout=timeout_s,
-            headers={
-                "Accept": "application/json",
-                "Content-Type": "application/json",
-                **({"Authorization": f"Bearer {key}"} if key else {}),
-            },
-        )
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._pool = bounded_pool(headers, timeout_s=timeout_s, connections=connections)
 
     def post[T](self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the answer's JSON.
@@ -84,7 +84,7 @@ class JsonServer:
         Raises:
             ServerError: nobody answers, the answer has another status than 2xx, or no attempt gives one to be used.
         """
-        retries = self._retry
+        retries: urllib3.Retry = self._retry
         while True:
             answer = self._exchange(path, body, retries)
             self._require_done(path, answer)
@@ -100,13 +100,24 @@ class JsonServer:
 
     def broken(self, path: str, why: str, answer: Any) -> ServerError:
         """The error of an answer that came and cannot be used."""
-        return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {str(answer)[:_SHOWN]}")
+        return ServerError(f"{self.what} at {self.url}{path} {why}. It answered: {_excerpt(answer)}")
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None, retries: urllib3.Retry) -> Answer:
         try:
             # json's own escapes: a text may hold half a surrogate pair, which is no UTF-8.
             data = None if body is None else json.dumps(body)
-            return self._pool.request("POST", self.url + path, body=data, retries=retries)
+            answer = self._pool.request("POST", self.url + path, body=data, retries=retries, **ASK)
+        except AnswerTooLarge as error:
+            raise ServerError(
+                f"{self.what} at {self.url}{path} gives {error}, where a whole one is smaller: it would fill the "
+                "memory of this machine. Ask for less at once (--hybrid-teacher-topk), or look at what answers there."
+            ) from error
+        except urllib3.exceptions.SSLError as error:
+            raise ServerError(
+                f"{self.what} at {self.url}{path} shows a certificate that is not trusted ({error}): nothing was sent. "
+                "Where an authority of your own has signed it, name that one's certificate in the environment "
+                "variable SSL_CERT_FILE; else it may be another server than you think."
+            ) from error
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerError(
@@ -114,6 +125,12 @@ class JsonServer:
                 f"{self._timeout_s:g} s: {cause}. The run cannot go on without it: start it, correct the address, or "
                 "allow more (--hybrid-server-timeout, --hybrid-server-retries)."
             ) from error
+        if 300 <= answer.status < 400:
+            raise ServerError(
+                f"{self.what} at {self.url}{path} redirects to {answer.headers.get('Location', 'nowhere')[:_SHOWN]!r}, "
+                "which is not followed: prompts and key would go to whom nobody has named. Give the final address."
+            )
+        return answer
 
     def _once_more(self, answer: Answer, unusable: ServerError) -> urllib3.Retry:
         """The attempts left behind an answer that cannot be used, after a pause; raises `unusable` where none is."""
@@ -128,18 +145,33 @@ class JsonServer:
     def _require_done(self, path: str, answer: Answer, busy: frozenset[int] = _BUSY) -> None:
         if not 200 <= answer.status < 300:
             tried = f" after {self._retries} more attempts" if answer.status in busy else ""
-            raise self.broken(path, f"refuses with status {answer.status}{tried}", _text(answer))
+            raise self.broken(path, f"refuses with status {answer.status}{tried}", self._text(answer))
 
     def _json(self, path: str, answer: Answer) -> Any:
-        text = _text(answer)
+        text = self._text(answer)
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(path, f"answers something that is no JSON ({error})", text) from error
 
+    def _text(self, answer: Answer) -> str:
+        text = answer.data.decode("utf-8", errors="replace")
+        return text.replace(self._key, "(the key)") if self._key else text  # some show what they got
 
-def _text(answer: Answer) -> str:
-    return answer.data.decode("utf-8", errors="replace")
+
+def _excerpt(answer: Any) -> str:
+    return (answer if isinstance(answer, str) else _PARTS.repr(answer))[:_SHOWN]
+
+
+def _key(variable: str) -> str:
+    """What the environment variable holds; an error of Python's own would show it."""
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ConfigError(
+            f"the environment variable {variable} holds characters that no key in an HTTP header can have (it is not "
+            "shown here): spaces, line breaks or letters beyond ASCII. Set it to the key alone."
+        )
+    return key
 
 
 def run_all[T](jobs: Sequence[Callable[[], T]], *, at_once: int) -> list[T]:

@@ -8,17 +8,22 @@ Each file holds some whole responses, r of them with n tokens together:
     log_probs  [n, k] fp32, nats, at the temperature of the metadata
     offsets    [r + 1] int64: the tokens of response i are offsets[i] up to offsets[i + 1]
     keys       [r, 2] int64: which response it is, `response_key`
-    metadata   k, temperature, tokenizer (its fingerprint), teacher (where it was loaded from), format
+    sums       [r] int64: the beginning of the sha256 of each response's ids and log_probs
+    metadata   k, temperature, tokenizer (its fingerprint), teacher (where it was loaded from), format; and the sha256
+               of these, offsets, keys and sums
 
 A response is known by what the teacher read: its prompt, with a hint where there is one, and the response itself. So
 files may be in any order, made on any number of replicas, and serve a part of what they hold. Tensors are mapped, and
-the rows of a micro-batch read when it is asked for; held are the keys, some 300 bytes a response on every rank. A disk
+the rows of a micro-batch read when it is asked for; held are the keys, some 300 bytes a response on every rank. A file
+that is cut off or whose index was altered is told when it is opened, an altered answer when it is read: a response of
+500 tokens at k = 64 has 384 kB to be hashed, where hashing a whole store first would take as long as reading it. A disk
 that all ranks share; no collective.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +34,11 @@ from torch import Tensor
 from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.records import HybridMicrobatch, Prompt, TopKPayload
 
-FORMAT = "1"
+FORMAT = "2"
 TOKENS_PER_FILE = 1 << 18
 """At k = 64 a file has 134 MB, which is what a replica holds in memory while it writes."""
+
+_AGAIN = "Copy the file again, or work the store out anew."
 
 Key = tuple[int, int]
 
@@ -43,6 +50,20 @@ def response_key(prompt: Prompt) -> Key:
     text = torch.tensor([len(front), *front, *response.token_ids], dtype=torch.int64).numpy().tobytes()
     digest = hashlib.sha256(text).digest()
     return int.from_bytes(digest[:8], "big", signed=True), int.from_bytes(digest[8:16], "big", signed=True)
+
+
+def _answer_sum(ids: Tensor, log_probs: Tensor) -> int:
+    """What stands in `sums` for one response: 64 bits, against accidents."""
+    digest = hashlib.sha256(ids.numpy().tobytes())
+    digest.update(log_probs.numpy().tobytes())
+    return int.from_bytes(digest.digest()[:8], "big", signed=True)
+
+
+def _index_sum(metadata: dict[str, str], *index: Tensor) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for tensor in index:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class StoreWriter:
@@ -89,11 +110,22 @@ class StoreWriter:
             "log_probs": torch.cat(log_probs),
             "offsets": lengths.cumsum(0),
             "keys": torch.tensor(keys, dtype=torch.int64),
+            "sums": torch.tensor([_answer_sum(*answer) for answer in zip(ids, log_probs, strict=True)]),
         }
+        index_sum = _index_sum(self.metadata, tensors["offsets"], tensors["keys"], tensors["sums"])
         path = self.folder / f"{self.part}_{self._files:05d}.safetensors"
-        save_file(tensors, path.with_suffix(".part"), metadata=self.metadata)
+        save_file(tensors, path.with_suffix(".part"), metadata=self.metadata | {"sha256": index_sum})
         path.with_suffix(".part").rename(path)  # a file that is there is whole
         self._rows, self._files = [], self._files + 1
+
+
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise DataError(
+            f"{path} is no part of a teacher's answers: expected safetensors of format {FORMAT}, written by "
+            f"tools/precompute_teacher.py, got {metadata or 'no metadata'}. Older formats have no checksums: work the "
+            "store out anew."
+        )
 
 
 class TeacherStore:
@@ -107,9 +139,9 @@ class TeacherStore:
         from safetensors import SafetensorError, safe_open
 
         self.folder, self.k = Path(folder), k
-        self._files: list[Any] = []
-        self._places: dict[Key, tuple[int, int, int]] = {}
-        """Of each response: its file, and its first and last-but-one row there."""
+        self._files: list[tuple[Path, Any]] = []
+        self._places: dict[Key, tuple[int, int, int, int]] = {}
+        """Of each response: its file, its first and last-but-one row there, and their sum."""
         paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
             raise DataError(
@@ -119,22 +151,22 @@ class TeacherStore:
         for number, path in enumerate(paths):
             try:
                 file = safe_open(path, "pt")
-                self._check(path, file.metadata() or {}, temperature=temperature, tokenizer=tokenizer)
-                offsets, keys = file.get_tensor("offsets").tolist(), file.get_tensor("keys").tolist()
+                metadata = dict(file.metadata() or {})
+                _check_format(path, metadata)
+                index = [file.get_tensor(name) for name in ("offsets", "keys", "sums")]
             except (OSError, SafetensorError) as error:
                 raise DataError(
                     f"{path} cannot be read as a part of a teacher's answers: {error}. Work the store out anew."
                 ) from error
-            self._files.append(file)
-            spans = zip(offsets[:-1], offsets[1:], strict=True)
-            self._places |= {(a, b): (number, *span) for (a, b), span in zip(keys, spans, strict=True)}
+            if metadata.pop("sha256", None) != _index_sum(metadata, *index):
+                raise DataError(f"{path} is not what was written: the sha256 of its index differs. {_AGAIN}")
+            self._check(path, metadata, temperature=temperature, tokenizer=tokenizer)
+            self._files.append((path, file))
+            offsets, keys, sums = (tensor.tolist() for tensor in index)
+            for (a, b), start, stop, known in zip(keys, offsets[:-1], offsets[1:], sums, strict=True):
+                self._places[a, b] = (number, start, stop, known)
 
     def _check(self, path: Path, metadata: dict[str, str], *, temperature: float, tokenizer: str) -> None:
-        if metadata.get("format") != FORMAT:
-            raise DataError(
-                f"{path} is no part of a teacher's answers: expected safetensors of format {FORMAT}, written by "
-                f"tools/precompute_teacher.py, got {metadata or 'no metadata'}."
-            )
         if metadata["tokenizer"] != tokenizer:
             raise DataError(
                 f"{path} was made with another tokenizer ({metadata['tokenizer'][:12]}..., not {tokenizer[:12]}...): "
@@ -169,11 +201,20 @@ class TeacherStore:
             )
 
     def read(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """Ids [m, k] int64 and log-probs [m, k] fp32 of the m tokens of a row's response, on the CPU."""
-        number, start, stop = self._places[response_key(prompt)]
-        file = self._files[number]
-        ids, log_probs = (file.get_slice(name)[start:stop, : self.k] for name in ("ids", "log_probs"))
-        return ids.long(), log_probs
+        """Ids [m, k] int64 and log-probs [m, k] fp32 of the m tokens of a row's response, on the CPU.
+
+        Raises:
+            DataError: they are not what was written.
+        """
+        number, start, stop, known = self._places[response_key(prompt)]
+        path, file = self._files[number]
+        ids, log_probs = (file.get_slice(name)[start:stop] for name in ("ids", "log_probs"))
+        if _answer_sum(ids, log_probs) != known:
+            raise DataError(
+                f"{path}: tokens {start} to {stop - 1} are not what was written, by their sha256: imitation would "
+                f"learn noise. {_AGAIN}"
+            )
+        return ids[:, : self.k].long(), log_probs[:, : self.k]
 
 
 class StoredTeacher:

@@ -1,6 +1,6 @@
 """Rollouts that later steps still learn from, kept beside a checkpoint that falls in the middle of their collection.
 
-    CHECKPOINTS/hybrid_collection/iter_<steps>/rank_<rank>.pt        tensors and plain values
+    CHECKPOINTS/hybrid_collection/iter_<steps>/rank_<rank>.pt        sha256, then tensors and plain values
 
 A run that is told to stop saves after whichever step it is in. Weights that sampled the collection are gone then, so it
 cannot be drawn again. It fits the layout and the batches that sampled it only. Each rank writes and reads its own part,
@@ -9,6 +9,8 @@ and all parts are used or none. Collectives, over all ranks: a barrier where it 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import pickle
 import shutil
@@ -24,6 +26,8 @@ from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.train.credit import Scored
 
 logger = logging.getLogger(__name__)
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def fingerprint(config: HybridConfig, parallel: ParallelContext, global_batch_size: int) -> dict[str, Any]:
@@ -43,7 +47,9 @@ def save_collection(folder: Path, scored: Scored, made_by: dict[str, Any]) -> No
     # Questions are scored: the sources' own records, of any type, are needed no more.
     prompts = [vars(prompt) | {"entry": {}} for prompt in scored.rollouts.prompts]
     parts = vars(scored) | {"rollouts": vars(scored.rollouts) | {"prompts": prompts}}
-    torch.save({"made_by": made_by, "scored": parts}, _file(folder))
+    kept = io.BytesIO()
+    torch.save({"made_by": made_by, "scored": parts}, kept)
+    _file(folder).write_bytes(hashlib.sha256(kept.getbuffer()).digest() + kept.getbuffer())
 
 
 def load_collection(folder: Path, made_by: dict[str, Any]) -> Scored | None:
@@ -58,8 +64,13 @@ def load_collection(folder: Path, made_by: dict[str, Any]) -> Scored | None:
 def _read(file: Path, made_by: dict[str, Any], device: torch.device) -> Scored | None:
     if not file.exists():
         return None
+    data = file.read_bytes()
+    known, kept_bytes = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if hashlib.sha256(kept_bytes).digest() != known:
+        logger.warning("%s is cut off or altered, by its sha256, and is not used", file)
+        return None
     try:
-        kept = torch.load(file, map_location=device, weights_only=True)
+        kept = torch.load(io.BytesIO(kept_bytes), map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         logger.warning("%s cannot be read and is not used: %s", file, error)
         return None

@@ -29,7 +29,7 @@ from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.mcore.checkpoint_io import checkpoint_folder
 from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.parallel import GroupView
-from megatron_hybrid.prompts.file_source import FILE_ENDINGS
+from megatron_hybrid.prompts.record_file import FILE_ENDINGS
 from megatron_hybrid.teachers.spec import SELF
 from megatron_hybrid.train.prepare import Prepared
 from megatron_hybrid.train.report import versions

@@ -18,6 +18,7 @@ from megatron_hybrid.checkpoint.hf_config import megatron_args_to_hf_config
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError, DataError
 from megatron_hybrid.online_config import OnlineConfig
+from megatron_hybrid.prompts.question import LeftOut
 from megatron_hybrid.prompts.sources import open_sources
 from megatron_hybrid.prompts.stream import PromptStream, too_long
 from megatron_hybrid.prompts.template import PromptTemplate
@@ -51,6 +52,8 @@ class Prepared:
     teacher_args: dict[str, dict[str, Any]]
     """Arguments stored in each teacher's checkpoint, by its path."""
     teacher_store: TeacherStore | None
+    left_out: tuple[LeftOut, ...]
+    """What files hold and the run does not use, for its config.json."""
 
 
 def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_teacher: bool = False) -> Prepared:
@@ -97,7 +100,9 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         seed=args.seed,
         num_eval=num_eval,
         refuse=too_long(template, limit) if online.long_prompts == "drop" else None,
+        on_bad_record=online.on_bad_record,
     )
+    left_out = training.left_out + (() if held_out is None else held_out.left_out)
     if held_out is None:
         if num_eval:
             raise ConfigError(
@@ -123,6 +128,7 @@ def prepare(args: Namespace, config: HybridConfig, online: OnlineConfig, *, has_
         teachers=teachers,
         teacher_args=teacher_args,
         teacher_store=store,
+        left_out=left_out,
     )
 
 

@@ -82,6 +82,7 @@ def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, argume
             f"--hybrid is on, but forward_step_func is {type(forward_step).__name__}: the hybrid loss lives in "
             "HybridForwardStep. Pass HybridForwardStep(get_batch=..., base_loss_func=...) instead of the function."
         )
+    from megatron_hybrid.mcore.plain_reading import plain_data_only
     from megatron_hybrid.mcore.training import refuse_unsupported
 
     refuse_unsupported(arguments)
@@ -106,7 +107,8 @@ def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, argume
                 "beside: the script's own data is all that is trained on. Give --hybrid-prompts or --hybrid-rollouts, "
                 "or leave it at 0."
             )
-        return pretrain(*call.args, **call.kwargs)
+        with plain_data_only():
+            return pretrain(*call.args, **call.kwargs)
 
     script = ScriptData(
         call.arguments.get("train_valid_test_dataset_provider"), forward_step.get_batch, arguments.dataloader_type
@@ -116,6 +118,7 @@ def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, argume
         settle(arguments.load, writes=arguments.rank == 0)
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
     with ExitStack() as stack:
+        stack.enter_context(plain_data_only())  # Megatron's own --load too
         # Iterators are handed over as they are, and of micro-batches that the script's own get_batch does not know.
         stack.enter_context(_replaced(arguments, "dataloader_type", "external"))
         stack.enter_context(_replaced(forward_step, "get_batch", next))
@@ -331,6 +334,11 @@ def _open_report(prepared: Prepared, args: Namespace) -> RunReport | None:
         start_step=args.iteration,
     )
     report.guard_wandb_caller(borrow("megatron.training.wandb_utils", "on_save_checkpoint_success"))
-    resolved = {"hybrid": as_dict(prepared.config), "online": as_dict(prepared.online), "tasks": list(prepared.tasks)}
+    resolved: dict[str, Any] = {
+        "hybrid": as_dict(prepared.config),
+        "online": as_dict(prepared.online),
+        "tasks": list(prepared.tasks),
+    }
+    resolved |= {"left_out": [as_dict(each) for each in prepared.left_out]}
     report.config({**resolved, "megatron": {name: value for name, value in sorted(vars(args).items())}})
     return report

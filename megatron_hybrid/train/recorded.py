@@ -24,7 +24,7 @@ def open_rollouts(config: HybridConfig, online: OnlineConfig, tokenizer: Any) ->
     """
     if online.rollouts is None:
         return None
-    source = read_rollouts(online.rollouts, tokenizer, config.group_size)
+    source = read_rollouts(online.rollouts, tokenizer, config.group_size, on_bad_record=online.on_bad_record)
     first = source.item(0).responses[0]
     if first.log_probs is None and (config.rollout_correction != "none" or config.prefix_correction):
         asks = "prefix_correction is on" if config.prefix_correction else f"got {config.rollout_correction!r}"

@@ -38,6 +38,8 @@ OTHER: dict[str, Any] = {
     "teacher_store": "/answers",
     "max_prompt_length": 9,
     "long_prompts": "drop",
+    "on_bad_record": "skip",
+    "allow_http": True,
     "eval_prompts": "held out.jsonl",
     "system_prompt": "",
     "max_response_length": 5,
@@ -46,7 +48,7 @@ OTHER: dict[str, Any] = {
     "run_dir": "runs/other",
     "samples_interval": 3,
     "reward": "0.5*by_source,1*exact_match",
-    "teacher_server": "http://teacher:8000",
+    "teacher_server": "https://teacher:8000",
     "rollout_server": "https://rollouts",
     "rollout_sync_interval": 4,
     "rollout_sync_dir": "/shared",
@@ -96,9 +98,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "teacher_ema_decay": {"teacher_load": "self"},
     "teacher_refresh_interval": {"teacher_load": "self"},
     "allow_code_execution": {"reward": "python_tests"},
-    "on_failed_rollout": {"rollout_server": "http://a"},
-    "rollout_sync_interval": {"rollout_server": "http://a"},
-    "rollout_sync_dir": {"rollout_server": "http://a", "rollout_sync_interval": 2},
+    "on_failed_rollout": {"rollout_server": "https://a"},
+    "rollout_sync_interval": {"rollout_server": "https://a"},
+    "rollout_sync_dir": {"rollout_server": "https://a", "rollout_sync_interval": 2},
 }
 """Settings that only go with others."""
 

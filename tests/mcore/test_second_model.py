@@ -29,6 +29,7 @@ def job(**changes: Any) -> Namespace:
         "seq_length": 32,
         "bf16": True,
         "padded_vocab_size": 64,
+        "spec": None,
     }
     return Namespace(**(settings | changes))
 
@@ -143,11 +144,19 @@ def test_stages_cut_by_hand_are_the_students_and_serve_a_teacher_of_its_depth_on
         ),
         ({"heterogeneous_layers_config_path": "x.json"}, "differ by a configuration file.*Use another"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "differ by a configuration file"),
+        ({"spec": ["subprocess", "getoutput"]}, "names code to import and run, and neither Megatron's nor"),
+        ({"spec": "subprocess"}, "names code to import and run"),
     ],
 )
 def test_a_teacher_that_cannot_be_built_beside_the_student_is_refused(checkpoint, message):
     with pytest.raises(ConfigError, match=message):
         frozen_args(job(), TEACHER | checkpoint)
+
+
+def test_a_layer_spec_of_megatron_or_of_this_job_is_taken():
+    ours, megatrons = ["my_layers", "spec"], ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
+    assert frozen_args(job(spec=ours), TEACHER | {"spec": ours}).spec == ours
+    assert frozen_args(job(), TEACHER | {"spec": megatrons}).spec == megatrons
 
 
 @pytest.mark.parametrize("pattern", ["*-*-*-", "*|-*-*-", "*-*-*-/*-"])

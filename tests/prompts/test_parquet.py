@@ -38,6 +38,44 @@ def test_a_bad_row_is_named(tmp_path):
         FileSource.read(path)
 
 
+def test_rows_are_numbered_through_all_batches_and_bad_ones_left_out_where_asked(tmp_path):
+    records = [{"prompt": str(i), "answer": "\0" if i in (7, 2500) else "1"} for i in range(3000)]
+    source = FileSource.read(write(tmp_path / "q.parquet", records), on_bad_record="skip")
+    (left_out,) = source.left_out
+    assert (left_out.unit, left_out.count, left_out.of) == ("rows", 2, 3000)
+    assert left_out.reasons[1] == "row 2501: 'answer' holds a NUL character (at 0)"
+    assert source.item(2998 - 1).entry["row"] == 3000
+
+
+def test_a_value_that_is_no_text_is_named_by_row_and_column(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    answers = pyarrow.array([b"1", b"\xff", b"2"]).view(pyarrow.string())  # which nobody has looked at
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], "answer": answers}), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=r"1 of 3 rows .*row 2: 'answer' cannot be read \(not UTF-8, byte 0\)"):
+        FileSource.read(tmp_path / "q.parquet")
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = [pyarrow.array(["a"])] * 3
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "answer", "answer"]), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match="2 columns that are called 'answer'"):
+        FileSource.read(tmp_path / "q.parquet")
+
+
+def test_an_altered_page_is_told_by_its_checksum(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist([{"prompt": "a question", "answer": str(i)} for i in range(100)])
+    path = tmp_path / "q.parquet"
+    parquet.write_table(
+        table, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"a question", b"a QUESTION", 1))
+    with pytest.raises(DataError, match=f"cannot read the prompt file {path}.*[Cc][Rr][Cc]"):
+        FileSource.read(path)
+
+
 def test_what_is_no_parquet_file_is_said(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "q.parquet").write_text("no such thing")

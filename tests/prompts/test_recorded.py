@@ -111,7 +111,13 @@ def test_parquet_rows_are_read_as_lines_are(tmp_path, tokenizer):
         ([said("w0", reward="good")], "'reward' is 'good', not a finite number"),
         ([said("w0", reward=True)], "'reward' is True"),
         ([said("w0", logprobs=[-1.0])], "has 1 numbers, but the response 2 tokens, end-of-sequence included"),
-        ([said("w0", logprobs=[-1.0, float("nan")])], "no list of finite numbers"),
+        ([said("w0", logprobs=[-1.0, float("nan")])], "'logprobs' holds NaN, which is no JSON"),
+        ([said("w0", logprobs=[-1.0, "2"])], "no list of finite numbers"),
+        ([said("w0", logprobs=[-1.0, 0.5])], "holds 0.5, which is above 0"),
+        ([said("w0", reward=10**400)], "'reward' is 1000000.*0000, not a finite number"),
+        ([said("w0", reward=1e39)], "'reward' is 1e[+]39, not a finite number"),
+        ([said("w0", "w1\ud800")], r"'response' holds half a surrogate pair \(at 2\)"),
+        ([{"prompt": "w0", "response_ids": [10**400]}], r"holds 1000.*\.\.\..*, and the tokenizer has 16"),
         ([said("w0"), said("w0", reward=1.0)], r"1 of 2 records have no 'reward', the first is line 1.*all of them"),
         ([said("w0", logprobs=[-1, -1]), said("w0")], "no 'logprobs', the first is line 2"),
     ],
@@ -132,6 +138,25 @@ def test_a_record_that_cannot_be_used_is_named(read, records, message):
 def test_a_group_of_another_size_or_of_several_prompts_is_named(read, records, message):
     with pytest.raises(DataError, match=message):
         read(*records, group_size=2)
+
+
+def test_skipped_records_take_their_groups_with_them_and_both_are_counted(tmp_path, tokenizer, caplog):
+    lines = [json.dumps(said("w0", group=g)) for g in "aabb"] + [json.dumps(said(p, group="c")) for p in ("w0", "w1")]
+    lines[1] = '{"prompt": "w0", "response": "w1", "group": "a"'
+    (tmp_path / "old.jsonl").write_text("\n".join(lines))
+    source = read_rollouts(tmp_path / "old.jsonl", tokenizer, 2, on_bad_record="skip")
+    assert [[r.entry["line"] for r in source.item(i).responses] for i in range(source.size)] == [[3, 4]]
+    record, groups = source.left_out
+    assert (record.unit, record.count, record.of) == ("lines", 1, 6)
+    assert (groups.unit, groups.count, groups.of) == ("groups", 2, 3)
+    assert groups.reasons == ("line 1: 1 of 2 responses", "line 5: line 6 has another prompt, task or answer")
+    assert "1 of 6 lines cannot be used" in caplog.text and "2 of 3 groups are not whole" in caplog.text
+
+
+def test_a_file_of_which_no_group_is_whole_ends_the_run_also_where_records_are_skipped(tmp_path, tokenizer):
+    (tmp_path / "old.jsonl").write_text(json.dumps(said("w0")))
+    with pytest.raises(DataError, match="1 of 1 groups do not have the 2 responses"):
+        read_rollouts(tmp_path / "old.jsonl", tokenizer, 2, on_bad_record="skip")
 
 
 def test_groups_with_a_response_that_has_no_room_can_be_left_out(read):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from megatron_hybrid.rollouts.recorded import recorded_rollouts
 from megatron_hybrid.schedule.microbatch import microbatches
 from megatron_hybrid.teachers import store
 from megatron_hybrid.teachers.store import StoredTeacher, StoreWriter, TeacherStore, response_key
+from tests.planted import Planted
 
 K = 3
 MADE = {"k": K, "temperature": 1.5, "tokenizer": "f" * 64}
@@ -114,6 +117,60 @@ def test_a_store_that_was_made_for_something_else_is_refused(folder, change: dic
 def test_a_response_without_an_answer_is_named(folder):
     with pytest.raises(DataError, match=r"no answer for 1 of 5 responses, the first is line 7: .*other rollouts"):
         TeacherStore(folder, **MADE).require([*PROMPTS, prompt(7, 1)])
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def begins(path: Path, name: str) -> int:
+    """Where a tensor's bytes begin in a safetensors file."""
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    return 8 + header + json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
+
+
+@pytest.mark.parametrize("name", ["ids", "log_probs"])
+def test_an_altered_answer_is_told_when_it_is_read_and_others_are_not(folder, name):
+    (path,) = folder.iterdir()
+    flip_a_bit(path, begins(path, name) + 4 * K + 1)  # the second token, of the second response
+    opened = TeacherStore(folder, **MADE | {"k": 1})
+    opened.read(PROMPTS[0])
+    with pytest.raises(DataError, match=f"{path}: tokens 1 to 3 are not what was written"):
+        opened.read(PROMPTS[1])
+
+
+@pytest.mark.parametrize("name", ["offsets", "keys", "sums"])
+def test_an_altered_index_is_told_when_the_store_is_opened(folder, name):
+    (path,) = folder.iterdir()
+    flip_a_bit(path, begins(path, name) + 8)
+    with pytest.raises(DataError, match=f"{path} is not what was written: the sha256 of its index differs"):
+        TeacherStore(folder, **MADE)
+
+
+def test_altered_metadata_and_a_file_that_is_cut_off_are_told_when_the_store_is_opened(folder):
+    (path,) = folder.iterdir()
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"models/t", b"models/u"))
+    with pytest.raises(DataError, match="the sha256 of its index differs"):
+        TeacherStore(folder, **MADE)
+    path.write_bytes(data[:-9])
+    with pytest.raises(DataError, match=f"{path} cannot be read as a part"):
+        TeacherStore(folder, **MADE)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_a_planted_pickle_in_place_of_a_part_never_runs(folder, tmp_path, kind):
+    (path,) = folder.iterdir()
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    else:
+        torch.save({"ids": Planted(tmp_path / "ran")}, path)
+    with pytest.raises(DataError, match=f"{path} cannot be read as a part"):
+        TeacherStore(folder, **MADE)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_store_is_refused(tmp_path):

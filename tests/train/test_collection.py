@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,7 @@ from megatron_hybrid.parallel import GroupView, ParallelContext
 from megatron_hybrid.records import Prompt, RolloutBatch
 from megatron_hybrid.train.collection import fingerprint, load_collection, save_collection
 from megatron_hybrid.train.credit import Scored
-
-
-class Planted:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return open, (self.file, "w")
+from tests.planted import Planted
 
 
 def scored() -> Scored:
@@ -80,8 +73,14 @@ def keep_and_load(folder: str) -> dict[str, bool]:
         others = ({"mini_batches": 4}, {"ppo_epochs": 2}, {"group_size": 2}, {"global_batch_size": 8})
         found["to others"] = any(load_collection(place, made_by(**other)) for other in others)
         dist.barrier()
+        whole = (place / f"rank_{rank}.pt").read_bytes()
         if rank == 1:
-            torch.save({"made_by": made_by(), "scored": Planted(f"{folder}/ran")}, place / "rank_1.pt")
+            (place / "rank_1.pt").write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+        found["altered"] = load_collection(place, made_by()) is not None
+        if rank == 1:
+            data = io.BytesIO()
+            torch.save({"made_by": made_by(), "scored": Planted(f"{folder}/ran")}, data)
+            (place / "rank_1.pt").write_bytes(hashlib.sha256(data.getbuffer()).digest() + data.getbuffer())
         found["planted"] = load_collection(place, made_by()) is not None
         if rank == 1:
             (place / "rank_1.pt").unlink()
@@ -90,7 +89,14 @@ def keep_and_load(folder: str) -> dict[str, bool]:
 
 
 def test_all_parts_come_back_to_the_run_that_kept_them_or_none(rank_pool, tmp_path):
-    expected = {"all of it": True, "old parts": False, "to others": False, "planted": False, "a part": False}
+    expected = {
+        "all of it": True,
+        "old parts": False,
+        "to others": False,
+        "altered": False,
+        "planted": False,
+        "a part": False,
+    }
     assert rank_pool(2).run(keep_and_load, str(tmp_path)) == [expected, expected]
     assert not (tmp_path / "ran").exists(), "a checkpoint's folder must not run code"
 
