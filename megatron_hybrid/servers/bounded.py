@@ -34,9 +34,8 @@ class Patience(urllib3.Retry):
     """urllib3's account of attempts, of which a certificate that is not trusted ends all."""
 
     def increment(self, *args: Any, **kwargs: Any) -> Patience:
-        error = kwargs.get("error")
-        refused = isinstance(error, urllib3.exceptions.SSLError) and error.args
-        if refused and isinstance(error.args[0], ssl.SSLCertVerificationError):
+        error: Exception | None = kwargs.get("error")
+        if isinstance(error, urllib3.exceptions.SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
             raise error
         return super().increment(*args, **kwargs)
 
