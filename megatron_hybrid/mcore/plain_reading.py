@@ -79,7 +79,7 @@ class _PickleOfIndexes:
 @contextmanager
 def plain_data_only() -> Iterator[None]:
     """Within: torch's checkpoints are read without running what they hold."""
-    if isinstance(filesystem.pickle, _PickleOfIndexes):  # type: ignore[attr-defined]
+    if isinstance(filesystem.pickle, _PickleOfIndexes):
         yield
         return
     load_bytes = DefaultLoadPlanner.load_bytes
