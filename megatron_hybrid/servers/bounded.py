@@ -16,7 +16,7 @@ import http.client
 import ssl
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -33,11 +33,19 @@ class AnswerTooLarge(urllib3.exceptions.HTTPError):
 class Patience(urllib3.Retry):
     """urllib3's account of attempts, of which a certificate that is not trusted ends all."""
 
-    def increment(self, *args: Any, **kwargs: Any) -> Patience:
-        error: Exception | None = kwargs.get("error")
-        if isinstance(error, urllib3.exceptions.SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: urllib3.BaseHTTPResponse | None = None,
+        error: Exception | None = None,
+        _pool: Any = None,
+        _stacktrace: Any = None,
+    ) -> Self:
+        refused = isinstance(error, urllib3.exceptions.SSLError) and error.args
+        if error is not None and refused and isinstance(error.args[0], ssl.SSLCertVerificationError):
             raise error
-        return super().increment(*args, **kwargs)
+        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 class _Answer(http.client.HTTPResponse):

@@ -18,12 +18,13 @@ from hypothesis import given
 with atheris.instrument_imports(include=["megatron_hybrid"]):
     from tests.fuzz.targets import targets
 
+    KNOWN = targets()  # imports what is to be instrumented
+
 
 def main() -> None:
-    known = targets()
-    if len(sys.argv) < 2 or sys.argv[1] not in known:
-        sys.exit(f"give the name of a target: {', '.join(map(repr, known))}")
-    target = known[sys.argv.pop(1)]
+    if len(sys.argv) < 2 or sys.argv[1] not in KNOWN:
+        sys.exit(f"give the name of a target: {', '.join(map(repr, KNOWN))}")
+    target = KNOWN[sys.argv.pop(1)]
     logging.disable(logging.WARNING)  # each record that is left out is said
 
     def check(case: object) -> None:
