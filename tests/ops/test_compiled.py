@@ -19,10 +19,10 @@ from megatron_hybrid.ops import compiled, eager, native
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.reference import reference_hybrid_loss
 from megatron_hybrid.runtime import cpu
-from megatron_hybrid.runtime.spawn import RankPool
 from tests.ops.one_process import run_ranks
 from tests.ops.test_memory import Allocations
 from tests.ops.vectors import assert_close_to, load_cases, outputs_of, run_case
+from tests.ranks import Ranks
 
 CASES = load_cases()
 INF, NAN = float("inf"), float("nan")
@@ -88,11 +88,18 @@ def test_every_case_of_the_ground_truth_in_fp32(name: str):
 
 
 @pytest.mark.parametrize(
-    ("path", "dtype"),
-    [("native.cpp", torch.bfloat16), ("torch.compile", torch.bfloat16), ("torch.compile", torch.float16)],
+    ("path", "dtype", "name"),
+    [
+        pytest.param(path, dtype, name, marks=pytest.mark.slow if dtype == torch.float16 and name != "plain" else ())
+        for path, dtype in (
+            ("native.cpp", torch.bfloat16),
+            ("torch.compile", torch.bfloat16),
+            ("torch.compile", torch.float16),
+        )
+        for name in ("plain", "padded_vocab", "both_minus_inf")
+    ],
     indirect=["path"],
 )
-@pytest.mark.parametrize("name", ["plain", "padded_vocab", "both_minus_inf"])
 def test_half_precision_is_the_torch_backends(name: str, dtype: torch.dtype):
     got, expected = (outputs_of(CASES[name], dtype=dtype, backend=backend) for backend in ("compile", "torch"))
     assert got["grad"].dtype == dtype
@@ -260,7 +267,7 @@ def _compiled_beside_the_cpu_stand_ins() -> tuple[bool, int, float]:
 
 
 @BY_TORCH_COMPILE
-def test_it_compiles_on_a_rank_that_runs_megatron_without_a_gpu(rank_pool: Callable[..., RankPool]):
+def test_it_compiles_on_a_rank_that_runs_megatron_without_a_gpu(rank_pool: Callable[..., Ranks]):
     ((active, graphs, difference),) = rank_pool(1).run(_compiled_beside_the_cpu_stand_ins)
     assert graphs == 2 and active is not torch.cuda.is_available()
     assert difference < 1e-6  # fp32 sums in another order, of entries below 1

@@ -146,9 +146,13 @@ def test_loops_read_and_write_whole_vectors_without_spills(kernel, dtype, capabi
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16)]
+    ("divergence", "capability", "dtype"),
+    [
+        pytest.param(d, *target, marks=pytest.mark.slow if d != "jsd" and target != (90, torch.bfloat16) else ())
+        for d in DIVERGENCES[1:]
+        for target in ((80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16))
+    ],
 )
-@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
 @pytest.mark.parametrize("kernel", ["mixture_sums_kernel", "mixture_gradient_kernel"])
 def test_loops_of_the_other_divergences_do_so_too(kernel, divergence, dtype, capability, tmp_path):
     ptx, registers, spilled = compiled(kernel, capability, tmp_path, dtype=dtype, divergence=divergence)
@@ -159,7 +163,9 @@ def test_loops_of_the_other_divergences_do_so_too(kernel, divergence, dtype, cap
     assert registers <= triton_op.MOST_REGISTERS == 64
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("kernel", "options"),
     [
