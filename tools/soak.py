@@ -7,8 +7,9 @@ python tools/soak.py --ranks 2 --out runs/soak_2 --table       # what it has see
 
 Each rank looks at itself every few steps: resident memory, Python objects and tensors among them, open files, threads.
 Growth is the slope of Theil and Sen (the median of the slopes between any two samples, which no single outlier moves)
-after the first fifth of the steps, where caches fill. Nothing is collected for the occasion: objects that wait for
-Python's collector are part of what a run holds. The samples are kept in OUT/soak_rank_<rank>.jsonl.
+after the first fifth of the steps, where caches fill; a jump to a new level, as an allocator makes, reads as a slope
+too: the picture tells the two apart. Nothing is collected for the occasion: objects that wait for Python's collector
+are part of what a run holds. The samples are kept in OUT/soak_rank_<rank>.jsonl.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def draw(ranks: list[list[dict[str, float]]], path: Path) -> None:
         for rank, samples in enumerate(ranks):
             axes.plot([s["step"] for s in samples], [s[name] for s in samples], label=f"rank {rank}")
         axes.set(title=text, xlabel="optimizer step")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(s[name] for samples in ranks for s in samples))
     figure.axes[0].legend(frameon=False)
     figure.axes[-1].set_axis_off()
     figure.savefig(path, dpi=150)
