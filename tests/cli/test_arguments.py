@@ -66,6 +66,7 @@ OTHER: dict[str, Any] = {
     "truncated_reward": -0.5,
     "gradient_norms_interval": 4,
     "nonfinite_steps": 0,
+    "allow_other_inputs": True,
     "backend": "compile",
     "lm_head": "logits",
     "lm_head_chunk_size": 100,
