@@ -86,7 +86,6 @@ OTHER: dict[str, Any] = {
     "teacher_payload": "topk",
     "teacher_topk": 8,
     "pack_sequences": True,
-    "allow_other_inputs": True,
     "teacher_ema_decay": 0.99,
     "teacher_refresh_interval": 5,
     "teacher_hint": "The answer is {answer}.",
