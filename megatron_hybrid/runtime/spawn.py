@@ -12,6 +12,7 @@ MASTER_PORT) and by default a gloo process group. Not here: several machines, GP
 
 import atexit
 import faulthandler
+import gc
 import os
 import pickle
 import random
@@ -282,6 +283,10 @@ def _do(job: bytes, group_timeout_s: float | None) -> Any:
     _forget_megatron()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Models and their groups lie in cycles, and each group that waits for the collector has a thread that polls. What is
+    # left (modules, caches) is not looked through again.
+    gc.collect()
+    gc.freeze()
     return result
 
 

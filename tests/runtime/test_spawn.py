@@ -79,6 +79,16 @@ def initialise_megatron(tensor_parallel: int) -> tuple[bool, int]:
     return was_initialised, parallel_state.get_tensor_model_parallel_world_size()
 
 
+def groups_in_a_cycle() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    initialise_megatron(1)
+    assert parallel_state.model_parallel_is_initialized()
+    cycle: list[Any] = [ProcessGroupCollection.use_mpu_process_groups()]
+    cycle.append(cycle)
+
+
 def polling_threads() -> int:
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return names.count("gloo_tcp_loop")
@@ -187,7 +197,8 @@ def test_jobs_may_make_their_own_group_one_after_another(pools: dict[bool, Any])
 def test_megatron_starts_fresh_in_every_job(pools: dict[bool, Any], init: bool) -> None:
     assert pools[init].run(initialise_megatron, 2) == [(False, 2)] * 2
     assert pools[init].run(initialise_megatron, 1) == [(False, 1)] * 2
-    # A group has a thread that polls. The group that this job itself finds or makes has some, Megatron's had twenty.
+    # A group has a thread that polls: some for what this job itself finds, Megatron's had twenty.
+    pools[init].run(groups_in_a_cycle)
     assert all(count < 5 for count in pools[init].run(polling_threads))
 
 
