@@ -283,8 +283,8 @@ def _do(job: bytes, group_timeout_s: float | None) -> Any:
     _forget_megatron()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Models and their groups lie in cycles, and each group that waits for the collector has a thread that polls. What is
-    # left (modules, caches) is not looked through again.
+    # Models and their groups lie in cycles, and each group that waits for the collector has a thread that polls. What
+    # is left (modules, caches) is not looked through again.
     gc.collect()
     gc.freeze()
     return result
