@@ -280,19 +280,22 @@ def _do(job: bytes, group_timeout_s: float | None) -> Any:
     if group_timeout_s is not None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=group_timeout_s))
     result = function(*args, **kwargs)
-    _forget_megatron()
+    had_megatron = _forget_megatron()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Models and their groups lie in cycles, and each group that waits for the collector has a thread that polls. What
-    # is left (modules, caches) is not looked through again.
-    gc.collect()
-    gc.freeze()
+    if had_megatron:
+        gc.collect()  # its groups lie in cycles with its models, and each has a thread that polls until it is freed
     return result
 
 
-def _forget_megatron() -> None:
-    """Destroys Megatron's global state where a job has loaded it; imports nothing by itself."""
+def _forget_megatron() -> bool:
+    """Destroys Megatron's global state where a job has loaded it, and says whether it had groups; imports nothing."""
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is None:
+        return False
+    had_groups = bool(parallel_state.model_parallel_is_initialized())
     if training := sys.modules.get("megatron.training.training"):
         training.destroy_global_state()
-    elif parallel_state := sys.modules.get("megatron.core.parallel_state"):
+    else:
         parallel_state.destroy_model_parallel()
+    return had_groups
