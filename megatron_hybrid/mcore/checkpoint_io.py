@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_hybrid.errors import DataError, HybridError
 from megatron_hybrid.mcore.plain_reading import reading, require_unaltered, write_checksums
+from megatron_hybrid.mcore.save_signals import helper_of_the_writer
 from megatron_hybrid.runtime import cpu
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -159,7 +160,8 @@ def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], ar
             model = build_gpt(args, dtype=next(iter(state.values())).dtype)
             load_weights(model, state)
             whole = {"model": model.sharded_state_dict(), "args": Namespace(**stored)}
-            dist_checkpointing.save({**whole, "checkpoint_version": 3.0, "iteration": 0}, str(unfinished))
+            with helper_of_the_writer():
+                dist_checkpointing.save({**whole, "checkpoint_version": 3.0, "iteration": 0}, str(unfinished))
         write_checksums(unfinished)
         unfinished.rename(folder / "release")
     finally:

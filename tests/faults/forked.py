@@ -70,7 +70,6 @@ def nursery() -> Iterator[Callable[..., Ends]]:
 
 def _serve(pipe: Connection) -> None:
     import importlib
-    import sys
 
     for slow in (
         "torch",
@@ -79,11 +78,11 @@ def _serve(pipe: Connection) -> None:
         "megatron.core.tokenizers.text",
         "transformers.models.auto.tokenization_auto",
         "megatron_hybrid.train.loop",
+        "megatron_hybrid.train.plots",
         "megatron_hybrid.train.pretrain",
         "tests.online_jobs",
     ):
         importlib.import_module(slow)  # none of them starts a thread, so a fork copies none
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # plots take longer than these runs
     while True:
         try:
             asked = pipe.recv()
