@@ -7,6 +7,7 @@ A trap is made around a rank's run (`forked.nursery`). It learns where the rank 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ def told(entered: Entered) -> Iterator[None]:
         last[0] = step
         entered(step, stage)
 
+    @functools.wraps(optimizer_step)
     def stepping(self: ChainedOptimizer) -> object:
         entered(last[0], "optimizer")
         return optimizer_step(self)
