@@ -1,0 +1,231 @@
+"""Tables of the study of variance, from the batches that are there: every number between the README's markers.
+
+A setting is a folder that `study_variance.py` filled. Rows are estimators at beta 1; ratios are of the variance, to
+that of the policy gradient with the KL in the reward on the same rollouts.
+"""
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from study_estimators import ESTIMATORS, OURS, UNIT, UNIT_RLOO
+from study_statistics import Moments, Value, combined, interval, moments
+
+GOAL = 0.35
+FEWEST = 8
+"""Batches of a setting that are worth a table."""
+LAMBDAS = (0.0, 0.5, 1.0, 2.0)
+SUMMARY = (UNIT_RLOO, "KL to go in the reward, RLOO", "paper's hybrid: sampled future", "ours: closed form, RLOO", OURS)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The batches of one setting."""
+
+    about: dict[str, Any]
+    parts: np.ndarray
+    """[B, names, layers, width]."""
+    squared_norm: np.ndarray
+    """[B, names, layers], exact."""
+    reference: np.ndarray
+    """[N, 2, layers, width]."""
+    said: dict[str, np.ndarray]
+    """[B] each: reward, length, seconds."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.about['model']}, up to {self.about['length']} tokens"
+
+    @property
+    def exact(self) -> bool:
+        return len(self.reference) == 1
+
+    @cached_property
+    def sketch_error(self) -> float:
+        """Largest error of a mean squared norm that the sketch makes, relative."""
+        sketched = np.square(self.parts, dtype=np.float64).sum(axis=(0, 2, 3))
+        return float(np.abs(sketched / self.squared_norm.sum(axis=(0, 2)) - 1).max())
+
+    def has(self, label: str, lam: float, discount: float) -> bool:
+        """Whether the parts of this estimator were differentiated."""
+        needed = {name for name, value in ESTIMATORS[label].of(lam, discount).items() if value}
+        return needed <= set(self.about["parts"]) and (lam > 0 or bool(needed))
+
+    def moments(self, label: str, lam: float, discount: float, layer: int | None = None) -> Moments:
+        """Of the whole gradient, or of one layer's."""
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
+        ours = combined(self.parts[:, :, layers], self.about["parts"], ESTIMATORS[label].of(lam, discount))
+        reference = lam * self.reference[:, 0, layers] + self.reference[:, 1, layers]
+        return moments(ours.reshape(len(ours), -1), reference.reshape(len(reference), -1))
+
+
+def load(folder: Path) -> Measured | None:
+    """None: not enough of it is there yet."""
+    batches, references = (sorted(folder.glob(f"{kind}-*.npz")) for kind in ("batch", "reference"))
+    exact = folder / "exact.npz"
+    if len(batches) < FEWEST or not (exact.exists() or len(references) >= FEWEST):
+        return None
+    read = [dict(np.load(path)) for path in batches]
+    return Measured(
+        about=json.loads((folder / "setting.json").read_text()),
+        parts=np.stack([batch["sketch"] for batch in read]),
+        squared_norm=np.stack([batch["squared_norm"] for batch in read]),
+        reference=np.stack([np.load(path)["sketch"] for path in ([exact] if exact.exists() else references)]),
+        said={name: np.array([batch[name] for batch in read]) for name in ("reward", "length", "seconds")},
+    )
+
+
+def results(measured: Measured) -> Iterator[dict[str, Any]]:
+    """One record for each estimator, lambda and discount."""
+    for lam in LAMBDAS:
+        unit = measured.moments(UNIT, lam, 1.0)
+        for label, estimator in ESTIMATORS.items():
+            for discount in measured.about["discounts"] if estimator.discounted else [1.0]:
+                if not measured.has(label, lam, discount):
+                    continue
+                found = measured.moments(label, lam, discount)
+                yield {
+                    "setting": measured.title,
+                    "estimator": label,
+                    "unbiased": estimator.unbiased and discount == 1,
+                    "lambda": lam,
+                    "discount": discount,
+                    "variance": asdict(interval(found.variance)),
+                    "ratio": asdict(interval(found.variance / unit.variance)),
+                    "bias": asdict(interval(found.bias)),
+                    "cosine": asdict(interval(found.cosine)),
+                    "noise_to_signal": asdict(interval(found.noise_to_signal)),
+                }
+
+
+def by_layer(measured: Measured, label: str) -> list[Value]:
+    """Ratios of the variance of each layer, at lambda 1 and discount 1."""
+    ratios = []
+    for layer in range(len(measured.about["layers"])):
+        mine, unit = (measured.moments(of, 1.0, 1.0, layer) for of in (label, UNIT))
+        ratios.append(interval(mine.variance / unit.variance))
+    return ratios
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; the first column is text, the others numbers."""
+    lines = ["| " + " | ".join(header) + " |", "| :-- |" + " --: |" * (len(header) - 1)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def shown(value: dict[str, float], form: str = "{:.2f}", with_interval: bool = True) -> str:
+    """A statistic as a cell; empty where noise hides it."""
+    if not np.isfinite(value["value"]):
+        return "hidden by noise"
+    text = form.format(value["value"])
+    return f"{text} [{form.format(value['low'])}, {form.format(value['high'])}]" if with_interval else text
+
+
+def percent(value: dict[str, float]) -> str:
+    """A share of the norm of dJ with its interval."""
+    return shown({name: 100 * number for name, number in value.items()}, "{:.0f}") + " %"
+
+
+def lines_of(measured: Measured, records: list[dict[str, Any]]) -> Iterator[str]:
+    """The tables of one setting."""
+    about = measured.about
+    yield f"#### {measured.title}"
+    yield ""
+    reference = "every response, enumerated" if measured.exact else f"{len(measured.reference)} other batches"
+    yield (
+        f"{about['parameters'] / 1e6:.2f} million parameters, {about['dtype']}; {about['prompts']} questions x "
+        f"{about['group_size']} responses, {measured.said['length'].mean():.1f} tokens each, mean reward "
+        f"{measured.said['reward'].mean():.3f}; {len(measured.parts)} batches; reference: {reference}; largest "
+        f"error of a squared norm by the sketch {100 * measured.sketch_error:.1f} %; {measured.said['seconds'].sum() / 60:.0f} "
+        "minutes beside other work."
+    )
+    yield ""
+    at_one = [r for r in records if r["lambda"] == 1 and r["discount"] == 1]
+    yield from markdown(
+        ["lambda 1, gamma 1", "variance, x KL in the reward", "bias, % of dJ", "cosine to dJ", "noise / signal"],
+        [
+            [
+                r["estimator"] + ("" if r["unbiased"] else " (biased)"),
+                shown(r["ratio"], "{:.3f}"),
+                percent(r["bias"]),
+                shown(r["cosine"], "{:.3f}", with_interval=False),
+                shown(r["noise_to_signal"], "{:.2f}", with_interval=False),
+            ]
+            for r in at_one
+        ],
+    )
+    lambdas = [lam for lam in LAMBDAS if any(r["lambda"] == lam for r in records)]
+    yield from markdown(
+        ["ours by gamma: variance (bias)", *(f"lambda {lam:g}" for lam in lambdas)],
+        [
+            [f"gamma {discount:g}", *(_cell(records, OURS, lam, discount) for lam in lambdas)]
+            for discount in about["discounts"]
+        ],
+    )
+
+
+def _cell(records: list[dict[str, Any]], label: str, lam: float, discount: float) -> str:
+    found = [r for r in records if (r["estimator"], r["lambda"], r["discount"]) == (label, lam, discount)]
+    if not found:
+        return ""
+    return f"{found[0]['ratio']['value']:.3f} ({100 * found[0]['bias']['value']:.0f} %)"
+
+
+def summary(settings: list[Measured], records: list[dict[str, Any]]) -> Iterator[str]:
+    """All settings at lambda 1 and gamma 1, and the goal."""
+    rows = []
+    for measured in settings:
+        cells = []
+        for label in SUMMARY:
+            (found,) = [
+                r
+                for r in records
+                if (r["setting"], r["estimator"], r["lambda"], r["discount"]) == (measured.title, label, 1, 1)
+            ]
+            cells.append(f"{found['ratio']['value']:.3f}")
+        layers = by_layer(measured, OURS)
+        low, high = (pick(layers, key=lambda v: v.value).value for pick in (min, max))
+        verdict = "met" if found["ratio"]["high"] <= GOAL else "missed" if found["ratio"]["low"] > GOAL else "open"
+        rows.append(
+            [measured.title, f"{measured.said['length'].mean():.1f}", *cells, f"{low:.3f} to {high:.3f}", verdict]
+        )
+    yield from markdown(["variance, x KL in the reward", "tokens", *SUMMARY, "ours, over layers", f"goal {GOAL}"], rows)
+
+
+def write_report(out: Path, readme: Path | None) -> list[str]:
+    """Writes results.json and variance.png into `out`, and both into the README's folder; returns the tables' lines."""
+    from study_plots import draw_variance
+
+    settings = [
+        found for folder in sorted(out.iterdir()) if (folder / "setting.json").exists() and (found := load(folder))
+    ]
+    settings.sort(key=lambda m: (m.about["model"], m.about["length"]))
+    if not settings:
+        return [f"study_variance: {out} holds no setting with {FEWEST} batches yet"]
+    by_setting = {measured.title: list(results(measured)) for measured in settings}
+    records = [record for of_setting in by_setting.values() for record in of_setting]
+    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    lines = [f"Machine: {platform.processor() or platform.machine()}, Python {platform.python_version()}.", ""]
+    lines += [*summary(settings, records), "![variance](variance.png)", ""]
+    for measured in settings:
+        lines += lines_of(measured, by_setting[measured.title])
+    draw_variance(settings, records, out / "variance.png")
+    if readme is not None:
+        between(readme, "variance", lines)
+        (readme.parent / "variance.png").write_bytes((out / "variance.png").read_bytes())
+    return lines
+
+
+def between(path: Path, name: str, lines: list[str]) -> None:
+    """Puts the lines between `<!-- name -->` and `<!-- end of name -->` of a file."""
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    text = path.read_text(encoding="utf-8")
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise SystemExit(f"study: {path} needs the line {first.strip()} and, behind it, {last}, once each.")
+    before, rest = text.split(first)
+    path.write_text(before + first + "\n".join(lines).rstrip() + "\n" + last + rest.split(last)[1], encoding="utf-8")
