@@ -6,7 +6,7 @@ that of the policy gradient with the KL in the reward on the same rollouts.
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from study_estimators import ESTIMATORS, OURS, UNIT, UNIT_RLOO
+from study_markdown import between, markdown
 from study_statistics import Moments, Value, combined, interval, moments
 
 GOAL = 0.35
@@ -112,12 +113,6 @@ def by_layer(measured: Measured, label: str) -> list[Value]:
     return ratios
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; the first column is text, the others numbers."""
-    lines = ["| " + " | ".join(header) + " |", "| :-- |" + " --: |" * (len(header) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def shown(value: dict[str, float], form: str = "{:.2f}", with_interval: bool = True) -> str:
     """A statistic as a cell; empty where noise hides it."""
     if not np.isfinite(value["value"]):
@@ -141,8 +136,8 @@ def lines_of(measured: Measured, records: list[dict[str, Any]]) -> Iterator[str]
         f"{about['parameters'] / 1e6:.2f} million parameters, {about['dtype']}; {about['prompts']} questions x "
         f"{about['group_size']} responses, {measured.said['length'].mean():.1f} tokens each, mean reward "
         f"{measured.said['reward'].mean():.3f}; {len(measured.parts)} batches; reference: {reference}; largest "
-        f"error of a squared norm by the sketch {100 * measured.sketch_error:.1f} %; {measured.said['seconds'].sum() / 60:.0f} "
-        "minutes beside other work."
+        f"error of a squared norm by the sketch {100 * measured.sketch_error:.1f} %; "
+        f"{measured.said['seconds'].sum() / 60:.0f} minutes beside other work."
     )
     yield ""
     at_one = [r for r in records if r["lambda"] == 1 and r["discount"] == 1]
@@ -219,13 +214,3 @@ def write_report(out: Path, readme: Path | None) -> list[str]:
         between(readme, "variance", lines)
         (readme.parent / "variance.png").write_bytes((out / "variance.png").read_bytes())
     return lines
-
-
-def between(path: Path, name: str, lines: list[str]) -> None:
-    """Puts the lines between `<!-- name -->` and `<!-- end of name -->` of a file."""
-    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    text = path.read_text(encoding="utf-8")
-    if text.count(first) != 1 or text.count(last) != 1:
-        raise SystemExit(f"study: {path} needs the line {first.strip()} and, behind it, {last}, once each.")
-    before, rest = text.split(first)
-    path.write_text(before + first + "\n".join(lines).rstrip() + "\n" + last + rest.split(last)[1], encoding="utf-8")

@@ -132,12 +132,13 @@ def _train(folder: Path, who: str, tokenizer: Any, steps: int) -> None:
 
     torch.manual_seed(0 if who == "teacher" else 1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for step, (tokens, labels) in zip(range(steps), demonstrations(who, seed=1), strict=False):
         loss = model(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step + 1 == steps:
