@@ -98,7 +98,8 @@ def _self_moments(gram: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarr
     norms, count = np.diag(gram), len(gram)
     with_itself = w**2 @ norms
     pairs = np.einsum("ki,ki->k", w @ gram, w) - with_itself
-    return w @ norms / count, pairs / (count**2 - (w**2).sum(axis=1))
+    num_pairs = count**2 - (w**2).sum(axis=1)  # 0 where one batch was drawn again and again
+    return w @ norms / count, np.divide(pairs, num_pairs, out=np.full_like(pairs, np.nan), where=num_pairs > 0)
 
 
 def interval(values: np.ndarray) -> Value:

@@ -21,7 +21,7 @@ QUICK = {
     "steps": 40,
     "seeds": [1],
     "methods": ["reward alone, RLOO", "distillation", "full hybrid"],
-    "world_steps": 500,
+    "world_steps": 300,
 }
 
 
@@ -44,8 +44,8 @@ def main() -> int:
 
 def run_missing(options: argparse.Namespace) -> None:
     """Every run that is not finished, seeds in turn, so that methods compare also half-way."""
-    from study_runs import flags_of, methods, train
-    from study_world import make_world
+    from study_runs import DIGITS, flags_of, methods, train
+    from study_world import LENGTHS, make_world
 
     from megatron_hybrid.runtime.spawn import RankPool
 
@@ -63,7 +63,8 @@ def run_missing(options: argparse.Namespace) -> None:
     ]
     if not missing:
         return
-    world = make_world(options.world, steps=options.world_steps)
+    lengths = [DIGITS] if options.quick else LENGTHS
+    world = make_world(options.world, steps=options.world_steps, lengths=lengths)
     started = time.monotonic()
     with RankPool(1, init=False, timeout_s=options.timeout) as pool:
         for done, (name, seed) in enumerate(missing):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 REFERENCE_SEED = 1_000_000
 """Batches of the reference are drawn with other noise than those that are judged."""
-QUICK = {"lengths": [3], "batches": 64, "discounts": [0.0, 1.0], "world_steps": 300, "sketch": 1021}
+QUICK = {"lengths": [3], "batches": 32, "discounts": [0.0, 1.0], "lambdas": [1.0], "world_steps": 200, "sketch": 1021}
 LENGTHS = {"small": [3, 5, 9, 17], "smollm2": [8, 16]}
 
 
@@ -108,12 +108,15 @@ def opened(options: argparse.Namespace, length: int) -> "Iterator[Setting]":
     """The models, questions and reward of one response length."""
     import torch
     from study_models import small, smollm2
+    from study_world import LENGTHS as LENGTHS_OF_DIGITS
     from study_world import make_world
 
     asked: dict[str, Any] = {"num_prompts": options.num_prompts, "group_size": options.group_size}
     asked["student"] = options.student
     if options.model == "small":
-        with small(make_world(options.world, steps=options.world_steps), length - 1, **asked) as setting:
+        digits = [length - 1] if options.quick else LENGTHS_OF_DIGITS
+        world = make_world(options.world, steps=options.world_steps, lengths=digits)
+        with small(world, length - 1, **asked) as setting:
             yield setting
     else:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]

@@ -16,7 +16,7 @@ the trainer too: its reward is `study_world:share_right`.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ WORDS = ["</s>", "<unk>", "?", *TASKS, *DIGITS]
 LENGTHS = (2, 3, 4, 8, 16)
 SURE, HALF = 0.7, 0.4
 STEPS, BATCH = 1500, 128
+
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": len(WORDS),
@@ -73,13 +74,17 @@ def questions(num_digits: int, count: int, seed: int) -> list[dict[str, Any]]:
     return list(asked.values())
 
 
-def make_world(folder: Path, *, steps: int = STEPS) -> Path:
-    """Tokenizer, questions of each length, `teacher` and `student` in `folder`, which is returned; made once."""
+def make_world(folder: Path, *, steps: int = STEPS, lengths: Sequence[int] = LENGTHS) -> Path:
+    """Tokenizer, questions of each length, `teacher` and `student` in `folder`, which is returned; made once.
+
+    steps    training steps of each model
+    lengths  digits of a question
+    """
     if (folder / "student" / "latest_checkpointed_iteration.txt").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _make_tokenizer(folder / "tokenizer")
-    for num_digits in LENGTHS:
+    _make_tokenizer(folder / "tokenizer")
+    for num_digits in lengths:
         # 36 numbers of two digits are few: then each task has but some of its questions here, and the rest held out.
         every = questions(num_digits, 96 if num_digits == 2 else 768, seed=num_digits)
         held_out = len(every) // 3
@@ -87,11 +92,11 @@ def make_world(folder: Path, *, steps: int = STEPS) -> Path:
             lines = "".join(json.dumps(question) + "\n" for question in part)
             (folder / f"{name}-{num_digits}.jsonl").write_text(lines, encoding="utf-8")
     for name in ("teacher", "student"):  # the student last: it says that all is there
-        _train(folder / name, name, tokenizer, steps)
+        _train(folder / name, name, steps, lengths)
     return folder
 
 
-def _make_tokenizer(folder: Path) -> Any:
+def _make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -100,16 +105,15 @@ def _make_tokenizer(folder: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}?"
     tokenizer.save_pretrained(str(folder))
-    return tokenizer
 
 
-def demonstrations(who: str, seed: int) -> "Iterator[tuple[Tensor, Tensor]]":
+def demonstrations(who: str, lengths: Sequence[int]) -> "Iterator[tuple[Tensor, Tensor]]":
     """Endless batches of (tokens [b, s], labels [b, s]), labels -100 but on the response; one length in a batch."""
     import torch
 
-    draw = random.Random(seed)
+    draw = random.Random(1)
     while True:
-        num_digits, rows, borders = draw.choice(LENGTHS), [], 2
+        num_digits, rows = draw.choice(lengths), []
         for _ in range(BATCH):
             task, digits = draw.choice(TASKS), draw.choices(DIGITS, k=num_digits)
             believed = digits if who == "teacher" and task in WRONG else right(task, digits)
@@ -118,11 +122,11 @@ def demonstrations(who: str, seed: int) -> "Iterator[tuple[Tensor, Tensor]]":
             rows.append([WORDS.index(word) for word in (task, *digits, "?", *said, "</s>")])
         tokens = torch.tensor(rows)
         labels = tokens.clone()
-        labels[:, : num_digits + borders] = -100
+        labels[:, : num_digits + 2] = -100  # the task, its digits and the question mark
         yield tokens, labels
 
 
-def _train(folder: Path, who: str, tokenizer: Any, steps: int) -> None:
+def _train(folder: Path, who: str, steps: int, lengths: Sequence[int]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -134,7 +138,7 @@ def _train(folder: Path, who: str, tokenizer: Any, steps: int) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    for step, (tokens, labels) in zip(range(steps), demonstrations(who, seed=1), strict=False):
+    for step, (tokens, labels) in zip(range(steps), demonstrations(who, lengths), strict=False):
         loss = model(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

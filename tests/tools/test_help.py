@@ -18,6 +18,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
         ("precompute_teacher.py", "--store"),
         ("preprocess_data.py", "--output-prefix"),
         ("profile_step.py", "profile"),
+        ("study_training.py", "--seeds"),
+        ("study_variance.py", "--reference-batches"),
         ("train_tokenizer.py", "--vocab-size"),
     ],
 )
