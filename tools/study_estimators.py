@@ -12,6 +12,12 @@ b(.) a baseline of `returns/baselines.py`:
                                                                     q/pi - log(q/pi) - 1 in the loss (2402.03300, as TRL
                                                                     and verl have it)
 
+and, as a trial of ours for the reward beside the product's dense and future part:
+
+    weighted      A_t = lambda (r_i - b_i),  b_i = sum_j w_j r_j / sum_j w_j over the group's others, w_j = sum_t
+                  (1 - pi(y_t))^2: unbiased as RLOO, which has w_j = 1. The baseline of least variance weighs rewards by
+                  the squared norm of the score (Greensmith et al. 2004), and that of a token's is about (1 - pi)^2
+
 Most are linear in lambda and beta: lambda * (a part of the reward) + beta * (a part of the KL). So a batch of rollouts
 needs the gradient of each PART once, and every lambda follows.
 """
@@ -69,6 +75,9 @@ class Others:
         if self.kind == "kl_in_reward":
             total = self.reward_weight * rewards - self.imitation_weight * costs.sum(dim=1)
             return reward_advantages(total, group_id, self.baseline)[table.row]
+        if self.kind == "weighted":
+            surprise = table.whole({"surprise": (1 - stats.log_prob.exp()).square()}).values["surprise"].sum(dim=1)
+            return self.reward_weight * weighted_advantages(rewards, group_id, surprise)[table.row]
         reward = self.reward_weight * reward_advantages(rewards, group_id, self.baseline)[table.row]
         if self.kind == "k3_loss":
             return reward + self.imitation_weight * ((-cost).exp() - 1)
@@ -77,6 +86,13 @@ class Others:
         if self.cost_baseline == "group":
             to_go = to_go - cost_baseline(to_go, mask, group_id)
         return reward - self.imitation_weight * table.own(to_go)
+
+
+def weighted_advantages(rewards: Tensor, group_id: Tensor, weight: Tensor) -> Tensor:
+    """r_i minus the weighted mean of the other rewards of its group, [b]; their plain mean where no weight is left."""
+    peers = (group_id[:, None] == group_id[None, :]).float().fill_diagonal_(0)
+    weight = weight + 1e-6
+    return rewards - peers @ (weight * rewards) / (peers @ weight)
 
 
 Source = HybridConfig | Others
@@ -132,6 +148,7 @@ def parts(discounts: Sequence[float], lambdas: Sequence[float]) -> dict[str, Sou
     found |= {f"kl total, {b}": Others("kl_in_reward", baseline=b) for b in ("none", "rloo")}
     found |= {f"total, grpo {lam:g}": Others("kl_in_reward", lam, baseline="grpo") for lam in lambdas}
     found["k3"] = Others("k3_loss")
+    found["reward, weighted"] = Others("weighted", reward_weight=1.0)
     return found
 
 
@@ -157,7 +174,8 @@ def _summed(*terms: tuple[str, float]) -> dict[str, float]:
 
 
 UNIT, UNIT_RLOO, OURS = "KL in the reward", "KL in the reward, RLOO", "ours: closed form, RLOO, group baseline"
-"""What the goal compares with, its stronger form, and what the product does by default."""
+WEIGHTED = "ours, reward's baseline weighted"
+"""What the goal compares with, its stronger form, and what the product does by default; then a trial."""
 ESTIMATORS = {
     e.label: e
     for e in (
@@ -202,6 +220,7 @@ ESTIMATORS = {
             lambda lam, d: {"reward, rloo": lam, imitation_part("closed", d): 1},
             discounted=True,
         ),
+        Estimator(WEIGHTED, True, lambda lam, d: {"reward, weighted": lam, imitation_part("closed, group", d): 1}),
         Estimator(
             OURS, True, lambda lam, d: {"reward, rloo": lam, imitation_part("closed, group", d): 1}, discounted=True
         ),

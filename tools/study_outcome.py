@@ -15,6 +15,9 @@ from study_runs import Method, methods
 from study_world import TASKS, WRONG
 
 COLOURS = ("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2", "#000000")
+OBJECTIVE = "objective"
+GAIN = 0.9
+"""Share of what the best baseline gains that is to be reached: its very end would be a matter of noise."""
 LAST = 3
 """Evaluations at the end of a run that its final numbers are means of."""
 
@@ -28,25 +31,25 @@ class Outcome:
     rollouts: np.ndarray
     """[evaluations]: responses sampled before each."""
     values: dict[str, np.ndarray]
-    """val/* name to [seeds, evaluations]."""
+    """val/* name to [seeds, evaluations]; `OBJECTIVE` too: reward - beta KL of the response, -J."""
 
     def final(self, name: str) -> tuple[float, float]:
         """(mean, deviation over seeds) of the end."""
         of_seeds = self.values[name][:, -LAST:].mean(axis=1)
         return float(of_seeds.mean()), float(of_seeds.std(ddof=1)) if len(of_seeds) > 1 else float("nan")
 
-    def reaches(self, score: float) -> list[float]:
-        """Rollouts of each seed until the held-out reward is there, along lines; inf where it never is."""
+    def reaches(self, name: str, target: float) -> list[float]:
+        """Rollouts of each seed until a number is this high, along lines; inf where it never is."""
         found = []
-        for curve in self.values["val/score"]:
-            above = np.flatnonzero(curve >= score)
+        for curve in self.values[name]:
+            above = np.flatnonzero(curve >= target)
             if not len(above):
                 found.append(float("inf"))
             elif above[0] == 0:
                 found.append(0.0)
             else:
                 k = int(above[0])
-                share = (score - curve[k - 1]) / (curve[k] - curve[k - 1])
+                share = (target - curve[k - 1]) / (curve[k] - curve[k - 1])
                 found.append(float(self.rollouts[k - 1] + share * (self.rollouts[k] - self.rollouts[k - 1])))
         return found
 
@@ -58,12 +61,14 @@ def load(out: Path, settings: dict[str, Any]) -> list[Outcome]:
     from megatron_hybrid.train.curves import load as load_curves
 
     outcomes = []
-    for name, method in methods(settings["steps"]).items():
+    for name, method in methods(settings["steps"], settings["beta"]).items():
         folders = sorted(run_folder(out, name, 0).parent.glob("seed-*"))
         runs = [load_curves(f / "metrics.jsonl").held_out for f in folders if (f / "summary.json").exists()]
         if runs:
-            steps = runs[0]["val/score"][0]
-            values = {key: np.stack([run[key][1] for run in runs]) for key in runs[0]}
+            # Where a run ends at an evaluation's step, Megatron evaluates once more: the same numbers.
+            steps, once = np.unique(runs[0]["val/score"][0], return_index=True)
+            values = {key: np.stack([run[key][1][once] for run in runs]) for key in runs[0]}
+            values[OBJECTIVE] = values["val/score"] - settings["beta"] * values["val/kl_per_response"]
             outcomes.append(Outcome(name, method, steps * settings["batch"], values))
     return outcomes
 
@@ -78,41 +83,45 @@ def lines_of(outcomes: Sequence[Outcome], settings: dict[str, Any]) -> Iterator[
     """The tables."""
     seeds = [len(outcome.values["val/score"]) for outcome in outcomes]
     yield (
-        f"{settings['steps']} steps of {settings['batch']} rollouts, learning rate {settings['lr']:g}, {max(seeds)} "
-        f"seeds ({min(seeds)} at least); means of the last {LAST} evaluations ± deviation over seeds. Machine: "
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}."
+        f"Reward: {settings['reward']}, beta {settings['beta']:g}; {settings['steps']} steps of {settings['batch']} "
+        f"rollouts, learning rate {settings['lr']:g}, {max(seeds)} seeds ({min(seeds)} at least); means of the last "
+        f"{LAST} evaluations ± deviation over seeds. Machine: {platform.processor() or platform.machine()}, Python "
+        f"{platform.python_version()}."
     )
     yield ""
     yield from markdown(
         ["held-out", "reward", *(f"{task}{' (teacher wrong)' if task in WRONG else ''}" for task in TASKS)]
-        + ["KL, nats/response", "entropy, nats/token"],
+        + ["KL, nats/response", "reward - beta KL", "entropy, nats/token"],
         [
             [o.name, *(shown(o.final(f"val/score{task}")) for task in ("", *(f"/{t}" for t in TASKS)))]
-            + [shown(o.final("val/kl_per_response")), shown(o.final("val/entropy"))]
+            + [shown(o.final(name)) for name in ("val/kl_per_response", OBJECTIVE, "val/entropy")]
             for o in outcomes
         ],
     )
-    baselines = [outcome for outcome in outcomes if outcome.method.baseline]
-    if not baselines:
-        return
-    best = max(baselines, key=lambda outcome: outcome.final("val/score")[0])
-    score, kl = best.final("val/score")[0], best.final("val/kl_per_response")[0]
-    needed = float(np.mean(best.reaches(score)))
-    yield f"The best baseline is `{best.name}`: reward {score:.3f} at {kl:.2f} nats a response. Who reaches its reward:"
+    if any(outcome.method.baseline for outcome in outcomes):
+        yield from needed(outcomes)
+    yield f"![training](training-{settings['reward']}.png)"
     yield ""
-    rows = []
-    for o in outcomes:
-        reached = o.reaches(score)
-        count = sum(np.isfinite(reached))
-        mean = float(np.mean([r for r in reached if np.isfinite(r)])) if count else float("nan")
-        cell = f"{mean:.0f}" if count else "never"
-        share = f"{mean / needed:.2f}" if count == len(reached) and np.isfinite(needed) and needed else ""
-        rows.append(
-            [o.name, cell, f"{count} of {len(reached)}", share, f"{o.final('val/kl_per_response')[0] - kl:+.2f}"]
-        )
-    yield from markdown(["", "rollouts", "seeds", "x the best baseline", "KL at the end, beside its"], rows)
-    yield "![training](training.png)"
-    yield ""
+
+
+def needed(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Rollouts until most of the best baseline's gain is there, of reward and of the objective."""
+    columns: list[list[str]] = []
+    for name, what in (("val/score", "reward"), (OBJECTIVE, "reward - beta KL")):
+        best = max((o for o in outcomes if o.method.baseline), key=lambda o: o.final(name)[0])
+        start = float(best.values[name][:, 0].mean())
+        target = start + GAIN * (best.final(name)[0] - start)
+        unit = float(np.mean(best.reaches(name, target)))
+        cells = []
+        for o in outcomes:
+            reached = np.array(o.reaches(name, target))
+            count = int(np.isfinite(reached).sum())
+            mean = float(reached.mean()) if count == len(reached) else float("inf")
+            share = f" ({mean / unit:.2f} x)" if np.isfinite(mean) and np.isfinite(unit) and unit else ""
+            cells.append(f"{mean:.0f}{share}" if np.isfinite(mean) else f"{count} of {len(reached)} seeds reach it")
+        columns.append([f"rollouts to {what} {target:.3f}, {GAIN:.0%} of the gain of `{best.name}`", *cells])
+    headers, *rows = zip(*columns, strict=True)
+    yield from markdown(["", *headers], [[o.name, *row] for o, row in zip(outcomes, rows, strict=True)])
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -144,12 +153,12 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def write_report(out: Path, readme: Path | None) -> list[str]:
-    """Writes results.json and training.png into `out`, and both into the README's folder; returns the tables' lines."""
+    """Writes results.json and a figure into `out`, and both into the README's folder; returns the tables' lines."""
     settings = json.loads((out / "settings.json").read_text())
     outcomes = load(out, settings)
     if not outcomes:
         return [f"study_training: {out} holds no finished run yet"]
-    names = ("val/score", "val/kl_per_response", "val/entropy", *(f"val/score/{task}" for task in TASKS))
+    names = ("val/score", OBJECTIVE, "val/kl_per_response", "val/entropy", *(f"val/score/{task}" for task in TASKS))
     records = [
         {"method": o.name, "seeds": len(o.values["val/score"]), "rollouts": int(o.rollouts[-1])}
         | {name: o.final(name) for name in names}
@@ -157,8 +166,9 @@ def write_report(out: Path, readme: Path | None) -> list[str]:
     ]
     (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     lines = list(lines_of(outcomes, settings))
-    draw(outcomes, out / "training.png")
+    picture = f"training-{settings['reward']}.png"
+    draw(outcomes, out / picture)
     if readme is not None:
-        between(readme, "training", lines)
-        (readme.parent / "training.png").write_bytes((out / "training.png").read_bytes())
+        between(readme, f"training, {settings['reward']}", lines)
+        (readme.parent / picture).write_bytes((out / picture).read_bytes())
     return lines

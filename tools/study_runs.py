@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-BETA = 0.05
-"""With a reward of 1/3 a digit, a right digit that the teacher says one time in twenty is worth its nats."""
 DIGITS = 3
+REWARDS = {"share": "share_right", "exact": "all_right"}
+"""Of places that are right; or of all of them at once."""
 EVALUATED = 128
 """Held-out responses of an evaluation."""
 
@@ -34,9 +34,9 @@ class Method:
     """What ours is to beat, and not ours."""
 
 
-def methods(steps: int) -> dict[str, Method]:
-    """By name; schedules turn over half of the run."""
-    both = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {BETA}"
+def methods(steps: int, beta: float) -> dict[str, Method]:
+    """By name; lambda is 1, and schedules turn over half of the run."""
+    both = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {beta}"
     half = steps // 2
     first_imitate = (
         f"--hybrid-reward-weight-schedule linear:0:{half} --hybrid-imitation-weight-schedule linear:1:{half}"
@@ -53,14 +53,15 @@ def methods(steps: int) -> dict[str, Method]:
     }
 
 
-def flags_of(world: Path, method: Method, folder: Path, *, seed: int, steps: int, batch: int, lr: float) -> list[str]:
-    """The whole command line of a run."""
+def flags_of(world: Path, method: Method, folder: Path, *, seed: int, about: dict[str, Any]) -> list[str]:
+    """The whole command line of a run; `about` is the settings that all runs share."""
     from megatron_hybrid.checkpoint.hf_config import megatron_flags
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
 
+    batch, steps, lr = (about[name] for name in ("batch", "steps", "lr"))
     common = f"""
         --load {world}/student --finetune --tokenizer-type HuggingFaceTokenizer --tokenizer-model {world}/tokenizer
-        --hybrid --hybrid-teacher-load {world}/teacher --hybrid-reward study_world:share_right
+        --hybrid --hybrid-teacher-load {world}/teacher --hybrid-reward study_world:{REWARDS[about["reward"]]}
         --hybrid-prompts {world}/prompts-{DIGITS}.jsonl --hybrid-eval-prompts {world}/held_out-{DIGITS}.jsonl
         --hybrid-group-size 4 --hybrid-max-response-length {DIGITS + 1} --hybrid-run-dir {folder}
         --hybrid-gradient-norms-interval 1000 --hybrid-samples-interval 1000

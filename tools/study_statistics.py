@@ -16,6 +16,7 @@ alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -73,24 +74,36 @@ def signed_root(values: np.ndarray) -> np.ndarray:
 def combined(parts: np.ndarray, names: list[str], coefficients: Mapping[str, float]) -> np.ndarray:
     """[B, layers, width]: the estimator made of these parts [B, names, layers, width]."""
     used = [(names.index(name), value) for name, value in coefficients.items() if value]
-    return np.tensordot(parts[:, [i for i, _ in used]], np.array([v for _, v in used]), axes=(1, 0))
+    return np.tensordot(parts[:, [i for i, _ in used]], np.array([v for _, v in used], parts.dtype), axes=(1, 0))
 
 
+@lru_cache
 def resamples(count: int, seed: int = 0) -> np.ndarray:
     """[1 + RESAMPLES, count] fp64: how often each batch counts; the first row is all 1."""
     draw = np.random.default_rng(seed)
     return np.vstack([np.ones((1, count)), draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)])
 
 
-def moments(gradients: np.ndarray, reference: np.ndarray) -> Moments:
-    """Of one estimator's batches [B, d] and the reference's [N, d]; N = 1 is an exact one."""
-    g, r = gradients.astype(np.float64), reference.astype(np.float64)
-    w, v = resamples(len(g)), resamples(len(r), seed=1)
-    second, signal = _self_moments(g @ g.T, w)
-    exact = np.full(len(v), float(r[0] @ r[0]))
-    of_reference = exact if len(r) == 1 else _self_moments(r @ r.T, v)[1]
-    cross = np.einsum("ki,ij,kj->k", w, g @ r.T, v, optimize=True) / (len(g) * len(r))
-    return Moments(second, signal, cross, of_reference)
+def moments(gradients: np.ndarray, reference: np.ndarray, of_reference: np.ndarray | None = None) -> Moments:
+    """Of one estimator's batches [B, d] and the reference's [N, d].
+
+    of_reference  what `reference_signal` gives, where it is known already
+    """
+    w, v = resamples(len(gradients)), resamples(len(reference), seed=1)
+    second, signal = _self_moments(_products(gradients, gradients), w)
+    cross = np.einsum("kj,kj->k", w @ _products(gradients, reference), v) / (len(gradients) * len(reference))
+    return Moments(second, signal, cross, reference_signal(reference) if of_reference is None else of_reference)
+
+
+def reference_signal(reference: np.ndarray) -> np.ndarray:
+    """R of the reference's batches [N, d]; N = 1 is an exact one."""
+    v, gram = resamples(len(reference), seed=1), _products(reference, reference)
+    return np.full(len(v), gram[0, 0]) if len(reference) == 1 else _self_moments(gram, v)[1]
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Inner products [A, B] fp64 of vectors in their own precision: what is subtracted later is seldom near equal."""
+    return (a @ b.T).astype(np.float64)
 
 
 def _self_moments(gram: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

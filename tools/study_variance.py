@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,10 @@ def measure(options: argparse.Namespace, length: int, folder: Path) -> None:
     sources = parts(options.discounts, options.lambdas)
     with opened(options, length) as setting:
         sketch = Sketch(setting.student, options.sketch)
-        describe(options, length, folder, list(sources), setting, sketch)
+        describe(options, length, folder, setting, sketch)
         if study_enumeration.num_responses(setting) <= study_enumeration.MOST:
             if not (folder / "exact.npz").exists():
-                save(folder / "exact.npz", study_enumeration.exact_gradient(setting, sketch), {})
+                save(folder / "exact.npz", sketch=study_enumeration.exact_gradient(setting, sketch).sketch)
         else:
             chosen = {name: sources[part] for name, part in REFERENCE.items()}
             run(options, setting, sketch, chosen, folder, "reference", options.reference_batches, REFERENCE_SEED)
@@ -66,25 +66,47 @@ def run(
     """Batches of one kind, with a line of progress."""
     from study_gradients import batch_gradients
 
-    missing = [k for k in range(count) if not (folder / f"{kind}-{k:04d}.npz").exists()]
-    say = Progress(f"{folder.name}, {kind}", len(missing))
-    for k in missing:
+    wanted = {k: lacking(folder / f"{kind}-{k:04d}.npz", sources) for k in range(count)}
+    wanted = {k: names for k, names in wanted.items() if names}
+    say = Progress(f"{folder.name}, {kind}", len(wanted))
+    for k, names in wanted.items():
         started = time.monotonic()
         scored = setting.rollouts(first_seed + k)
         gradients = batch_gradients(
             setting.student,
             setting.teacher,
             scored,
-            sources,
+            {name: sources[name] for name in names},
             sketch,
             vocab_size=setting.vocab_size,
             backend=options.backend,
         )
         lengths = scored.rollouts.response_mask.sum(dim=1).float()
         said = {"reward": float(scored.rewards.mean()), "length": float(lengths.mean())}
-        said |= {"seconds": time.monotonic() - started}
-        save(folder / f"{kind}-{k:04d}.npz", gradients, said)
+        add_to(folder / f"{kind}-{k:04d}.npz", names, gradients, said, time.monotonic() - started)
         say.step()
+
+
+def lacking(path: Path, sources: "Iterable[str]") -> list[str]:
+    """The names whose gradients a batch's file does not hold: all where there is none yet."""
+    import numpy as np
+
+    held = set(np.load(path)["names"]) if path.exists() else set()
+    return [name for name in sources if name not in held]
+
+
+def add_to(path: Path, names: list[str], gradients: Any, said: dict[str, float], seconds: float) -> None:
+    """Writes a batch; one that is there gets these gradients besides: the same seed has drawn the same rollouts."""
+    import numpy as np
+
+    whole: dict[str, Any] = {"names": names, "sketch": gradients.sketch, "squared_norm": gradients.squared_norm}
+    if path.exists():
+        held = dict(np.load(path))
+        if not np.isclose(held["reward"], said["reward"]):
+            raise SystemExit(f"study_variance: {path} holds other rollouts than this machine draws. Delete its folder.")
+        whole = {name: np.concatenate([held[name], of_new]) for name, of_new in whole.items()}
+        seconds += float(held["seconds"])
+    save(path, seconds=seconds, **said, **whole)
 
 
 class Progress:
@@ -124,19 +146,17 @@ def opened(options: argparse.Namespace, length: int) -> "Iterator[Setting]":
             yield setting
 
 
-def save(path: Path, gradients: Any, said: dict[str, float]) -> None:
-    """One file for a batch, complete or not there."""
+def save(path: Path, **values: Any) -> None:
+    """One file, complete or not there."""
     import numpy as np
 
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
-        np.savez(file, sketch=gradients.sketch, squared_norm=gradients.squared_norm, **said)
+        np.savez(file, **values)
     unfinished.replace(path)
 
 
-def describe(
-    options: argparse.Namespace, length: int, folder: Path, names: list[str], setting: "Setting", sketch: "Sketch"
-) -> None:
+def describe(options: argparse.Namespace, length: int, folder: Path, setting: "Setting", sketch: "Sketch") -> None:
     """`setting.json`, which a later start must find the same."""
     about = {
         "model": options.name or options.model,
@@ -148,10 +168,8 @@ def describe(
         "student": str(options.student) if options.student else "",
         "sketch": options.sketch,
         "parameters": sum(p.numel() for p in sketch.parameters),
-        "parts": names,
         "layers": sketch.layers,
         "discounts": options.discounts,
-        "lambdas": options.lambdas,
     }
     path = folder / "setting.json"
     if path.exists() and json.loads(path.read_text()) != about:

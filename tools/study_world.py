@@ -11,7 +11,7 @@ right. A question has 2 to 16 digits, so a response 3 to 17 tokens.
 
 Both models are Llama-shaped, trained here by cross-entropy on demonstrations (transformers, AdamW), then written as
 Megatron checkpoints with a tokenizer of 13 words: some two minutes on a core, once for a folder. Used as a module by
-the trainer too: its reward is `study_world:share_right`.
+the trainer too: its rewards are `study_world:share_right` and `all_right`.
 """
 
 import json
@@ -62,6 +62,11 @@ def share_right(question: str, response: str, answer: str | None, record: dict[s
     """The reward: places of the answer that the response has right, over the longer of the two."""
     said, expected = response.split(), (answer or "").split()
     return sum(a == b for a, b in zip(said, expected, strict=False)) / max(len(said), len(expected))
+
+
+def all_right(question: str, response: str, answer: str | None, record: dict[str, Any]) -> float:
+    """A harder reward: 1 for the whole answer, else 0."""
+    return float(share_right(question, response, answer, record) == 1)
 
 
 def questions(num_digits: int, count: int, seed: int) -> list[dict[str, Any]]:

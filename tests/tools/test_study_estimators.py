@@ -13,7 +13,16 @@ from megatron_hybrid.train.credit import Scored
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from study_estimators import ESTIMATORS, OURS, Others, credit_of, imitation_alone, product, reward_alone  # noqa: E402
+from study_estimators import (
+    ESTIMATORS,
+    OURS,
+    Others,
+    credit_of,
+    imitation_alone,
+    product,
+    reward_alone,
+    weighted_advantages,
+)  # noqa: E402
 
 # Two responses to one prompt token: three tokens and two. Positions ascend, as in the flattened [s, b].
 SEQUENCE, POSITION = tensor([0, 1, 0, 1, 0]), tensor([1, 1, 2, 2, 3])
@@ -76,6 +85,15 @@ def test_an_advantage_by_hand(source, expected):
     imitation, advantage = weights(source)
     assert imitation.tolist() == [0] * 5, "no dense term"
     assert advantage.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_weighted_baseline_leaves_its_own_reward_out():
+    groups, rewards = tensor([0, 0, 0, 1, 1]), tensor([1.0, 2.0, 4.0, 0.0, 3.0])
+    found = weighted_advantages(rewards, groups, tensor([1.0, 3.0, 1.0, 0.0, 0.0]))
+    expected = [1 - (3 * 2 + 4) / 4, 2 - (1 + 4) / 2, 4 - (1 + 3 * 2) / 4, 0 - 3, 3 - 0]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    advantage = weights(Others("weighted", reward_weight=2))[1]
+    assert advantage.tolist() == pytest.approx([2.0, -2.0, 2.0, -2.0, 2.0], abs=1e-5)  # of two, the other one
 
 
 def test_the_k3_penalty_has_the_gradient_of_its_formula():

@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "tools"))
 
 from study_outcome import Outcome  # noqa: E402
 from study_runs import Method, credit_of_others, methods  # noqa: E402
-from study_world import TASKS, WRONG, questions, right, share_right  # noqa: E402
+from study_world import TASKS, WRONG, all_right, questions, right, share_right  # noqa: E402
 
 
 def test_flags_of_every_method_are_settings_that_go_together():
@@ -21,7 +21,7 @@ def test_flags_of_every_method_are_settings_that_go_together():
 
     from megatron_hybrid.cli.arguments import add_hybrid_args, hybrid_config_from_args
 
-    found = methods(100)
+    found = methods(100, 0.1)
     for name, method in found.items():
         args = add_hybrid_args(argparse.ArgumentParser(allow_abbrev=False)).parse_args(
             ["--hybrid", *method.flags.split()]
@@ -45,7 +45,7 @@ def test_the_trainers_credit_is_its_own_again_afterwards():
 def test_rollouts_to_a_reward_are_counted_along_lines():
     curves = np.array([[0.0, 0.4, 0.8], [0.5, 0.6, 0.6], [0.0, 0.1, 0.2]])
     outcome = Outcome("", Method(""), np.array([0, 100, 200]), {"val/score": curves})
-    assert outcome.reaches(0.5) == [125.0, 0.0, float("inf")]
+    assert outcome.reaches("val/score", 0.5) == [125.0, 0.0, float("inf")]
 
 
 def test_the_world_asks_each_task_and_pays_for_places():
@@ -57,6 +57,7 @@ def test_the_world_asks_each_task_and_pays_for_places():
     assert share_right("", "1 2 0", "1 2 3", {}) == pytest.approx(2 / 3)
     assert share_right("", "1 2 3 4", "1 2 3", {}) == pytest.approx(3 / 4)
     assert share_right("", "", "1 2 3", {}) == 0
+    assert [all_right("", said, "1 2 3", {}) for said in ("1 2 3", "1 2 0", "1 2 3 4")] == [1, 0, 0]
 
 
 @pytest.mark.slow
