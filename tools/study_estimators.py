@@ -220,6 +220,11 @@ ESTIMATORS = {
             lambda lam, d: {"reward, rloo": lam, imitation_part("closed", d): 1},
             discounted=True,
         ),
+        Estimator(
+            "ours, reward without a baseline",
+            True,
+            lambda lam, d: {"reward, none": lam, imitation_part("closed, group", d): 1},
+        ),
         Estimator(WEIGHTED, True, lambda lam, d: {"reward, weighted": lam, imitation_part("closed, group", d): 1}),
         Estimator(
             OURS, True, lambda lam, d: {"reward, rloo": lam, imitation_part("closed, group", d): 1}, discounted=True

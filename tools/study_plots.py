@@ -29,7 +29,7 @@ def draw_variance(settings: list[Measured], records: list[dict[str, Any]], path:
     for ax in (bars, trade, layers):
         ax.axhline(GOAL, color="black", linewidth=0.8, linestyle=":") if ax is not bars else None
         ax.spines[["top", "right"]].set_visible(False)
-    trade.legend(fontsize=7)
+    trade.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
 
 
