@@ -83,10 +83,10 @@ def lines_of(outcomes: Sequence[Outcome], settings: dict[str, Any]) -> Iterator[
     """The tables."""
     seeds = [len(outcome.values["val/score"]) for outcome in outcomes]
     yield (
-        f"Reward: {settings['reward']}, beta {settings['beta']:g}; {settings['steps']} steps of {settings['batch']} "
-        f"rollouts, learning rate {settings['lr']:g}, {max(seeds)} seeds ({min(seeds)} at least); means of the last "
-        f"{LAST} evaluations ± deviation over seeds. Machine: {platform.processor() or platform.machine()}, Python "
-        f"{platform.python_version()}."
+        f"Reward: {settings['reward']}, beta {settings['beta']:g}; student knows {settings['knows']:.0%} of the digits "
+        f"at the start; {settings['steps']} steps of {settings['batch']} rollouts, learning rate {settings['lr']:g}, "
+        f"{max(seeds)} seeds ({min(seeds)} at least); means of the last {LAST} evaluations ± deviation over seeds. "
+        f"Machine: {platform.processor() or platform.machine()}, Python {platform.python_version()}."
     )
     yield ""
     yield from markdown(
@@ -100,8 +100,6 @@ def lines_of(outcomes: Sequence[Outcome], settings: dict[str, Any]) -> Iterator[
     )
     if any(outcome.method.baseline for outcome in outcomes):
         yield from needed(outcomes)
-    yield f"![training](training-{settings['reward']}.png)"
-    yield ""
 
 
 def needed(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -165,10 +163,10 @@ def write_report(out: Path, readme: Path | None) -> list[str]:
         for o in outcomes
     ]
     (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    lines = list(lines_of(outcomes, settings))
-    picture = f"training-{settings['reward']}.png"
+    lines = [*lines_of(outcomes, settings), f"![{out.name}]({out.name}.png)"]
+    picture = f"{out.name}.png"
     draw(outcomes, out / picture)
     if readme is not None:
-        between(readme, f"training, {settings['reward']}", lines)
+        between(readme, out.name, lines)
         (readme.parent / picture).write_bytes((out / picture).read_bytes())
     return lines

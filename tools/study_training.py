@@ -2,6 +2,7 @@
 
 python tools/study_training.py                        # 8 methods x 3 seeds x 3840 rollouts; some 10 minutes on a core
 python tools/study_training.py --reward exact --beta 0.1
+python tools/study_training.py --knows 0 --world runs/study/world-novice --out runs/study/training-novice
 python tools/study_training.py --quick                # 3 methods, one seed: the direction alone
 python tools/study_training.py --report               # tables and figures again, of all that is there
 
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SHARED = ("reward", "beta", "steps", "batch", "lr", "world_steps")
+SHARED = ("reward", "beta", "steps", "batch", "lr", "world_steps", "knows")
 """What all runs of a study have in common."""
 QUICK = {
     "steps": 40,
@@ -66,7 +67,7 @@ def run_missing(options: argparse.Namespace) -> None:
     ]
     if not missing:
         return
-    world = make_world(options.world, steps=options.world_steps, lengths=[DIGITS])
+    world = make_world(options.world, steps=options.world_steps, lengths=[DIGITS], knows=options.knows)
     started = time.monotonic()
     with RankPool(1, init=False, timeout_s=options.timeout) as pool:
         for done, (name, seed) in enumerate(missing):
@@ -92,6 +93,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--reward", choices=("share", "exact"), default="share", help="places that are right, or all of them at once")
     add("--beta", type=float, default=0.05, help="weight of the KL, of all methods that have one; lambda is 1")
+    add("--knows", type=float, default=0.4, help="chance that the student knows a digit at the start")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--steps", type=int, default=60, help="optimizer steps of a run")
     add("--batch", type=int, default=64, help="rollouts of a step")

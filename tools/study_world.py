@@ -79,11 +79,12 @@ def questions(num_digits: int, count: int, seed: int) -> list[dict[str, Any]]:
     return list(asked.values())
 
 
-def make_world(folder: Path, *, steps: int = STEPS, lengths: Sequence[int] = LENGTHS) -> Path:
+def make_world(folder: Path, *, steps: int = STEPS, lengths: Sequence[int] = LENGTHS, knows: float = HALF) -> Path:
     """Tokenizer, questions of each length, `teacher` and `student` in `folder`, which is returned; made once.
 
     steps    training steps of each model
     lengths  digits of a question
+    knows    chance that the student knows a digit; else it says any
     """
     if (folder / "student" / "latest_checkpointed_iteration.txt").exists():
         return folder
@@ -97,7 +98,7 @@ def make_world(folder: Path, *, steps: int = STEPS, lengths: Sequence[int] = LEN
             lines = "".join(json.dumps(question) + "\n" for question in part)
             (folder / f"{name}-{num_digits}.jsonl").write_text(lines, encoding="utf-8")
     for name in ("teacher", "student"):  # the student last: it says that all is there
-        _train(folder / name, name, steps, lengths)
+        _train(folder / name, name, steps, demonstrations(name, lengths, knows))
     return folder
 
 
@@ -112,7 +113,7 @@ def _make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def demonstrations(who: str, lengths: Sequence[int]) -> "Iterator[tuple[Tensor, Tensor]]":
+def demonstrations(who: str, lengths: Sequence[int], knows: float) -> "Iterator[tuple[Tensor, Tensor]]":
     """Endless batches of (tokens [b, s], labels [b, s]), labels -100 but on the response; one length in a batch."""
     import torch
 
@@ -122,7 +123,7 @@ def demonstrations(who: str, lengths: Sequence[int]) -> "Iterator[tuple[Tensor, 
         for _ in range(BATCH):
             task, digits = draw.choice(TASKS), draw.choices(DIGITS, k=num_digits)
             believed = digits if who == "teacher" and task in WRONG else right(task, digits)
-            certain = SURE if who == "teacher" else HALF
+            certain = SURE if who == "teacher" else knows
             said = [d if draw.random() < certain else draw.choice(DIGITS) for d in believed]
             rows.append([WORDS.index(word) for word in (task, *digits, "?", *said, "</s>")])
         tokens = torch.tensor(rows)
@@ -131,7 +132,7 @@ def demonstrations(who: str, lengths: Sequence[int]) -> "Iterator[tuple[Tensor, 
         yield tokens, labels
 
 
-def _train(folder: Path, who: str, steps: int, lengths: Sequence[int]) -> None:
+def _train(folder: Path, who: str, steps: int, batches: "Iterator[tuple[Tensor, Tensor]]") -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,7 +144,7 @@ def _train(folder: Path, who: str, steps: int, lengths: Sequence[int]) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    for step, (tokens, labels) in zip(range(steps), demonstrations(who, lengths), strict=False):
+    for step, (tokens, labels) in zip(range(steps), batches, strict=False):
         loss = model(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
