@@ -18,6 +18,7 @@ COLOURS = ("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0
 OBJECTIVE = "objective"
 GAIN = 0.9
 """Share of what the best baseline gains that is to be reached: its very end would be a matter of noise."""
+LEAST = 0.05
 LAST = 3
 """Evaluations at the end of a run that its final numbers are means of."""
 
@@ -108,6 +109,10 @@ def needed(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for name, what in (("val/score", "reward"), (OBJECTIVE, "reward - beta KL")):
         best = max((o for o in outcomes if o.method.baseline), key=lambda o: o.final(name)[0])
         start = float(best.values[name][:, 0].mean())
+        if best.final(name)[0] - start < LEAST:
+            yield f"No baseline gains {LEAST} in {what}: rollouts to reach it would count noise."
+            yield ""
+            continue
         target = start + GAIN * (best.final(name)[0] - start)
         unit = float(np.mean(best.reaches(name, target)))
         cells = []
@@ -118,8 +123,9 @@ def needed(outcomes: Sequence[Outcome]) -> Iterator[str]:
             share = f" ({mean / unit:.2f} x)" if np.isfinite(mean) and np.isfinite(unit) and unit else ""
             cells.append(f"{mean:.0f}{share}" if np.isfinite(mean) else f"{count} of {len(reached)} seeds reach it")
         columns.append([f"rollouts to {what} {target:.3f}, {GAIN:.0%} of the gain of `{best.name}`", *cells])
-    headers, *rows = zip(*columns, strict=True)
-    yield from markdown(["", *headers], [[o.name, *row] for o, row in zip(outcomes, rows, strict=True)])
+    if columns:
+        headers, *rows = zip(*columns, strict=True)
+        yield from markdown(["", *headers], [[o.name, *row] for o, row in zip(outcomes, rows, strict=True)])
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -128,7 +134,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     axes: list[Axes] = list(figure.subplots(2, 2).flat)
     reward, kl, frontier, tasks = axes
     width = 0.8 / len(outcomes)
-    for place, (o, colour) in enumerate(zip(outcomes, COLOURS, strict=True)):
+    for place, (o, colour) in enumerate(zip(outcomes, COLOURS, strict=False)):
         for ax, name in ((reward, "val/score"), (kl, "val/kl_per_response")):
             mean, spread = o.values[name].mean(axis=0), o.values[name].std(axis=0)
             ax.plot(o.rollouts, mean, color=colour, label=o.name)

@@ -58,21 +58,31 @@ def flags_of(world: Path, method: Method, folder: Path, *, seed: int, about: dic
     from megatron_hybrid.checkpoint.hf_config import megatron_flags
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
 
-    batch, steps, lr = (about[name] for name in ("batch", "steps", "lr"))
-    common = f"""
+    common = """
         --load {world}/student --finetune --tokenizer-type HuggingFaceTokenizer --tokenizer-model {world}/tokenizer
-        --hybrid --hybrid-teacher-load {world}/teacher --hybrid-reward study_world:{REWARDS[about["reward"]]}
-        --hybrid-prompts {world}/prompts-{DIGITS}.jsonl --hybrid-eval-prompts {world}/held_out-{DIGITS}.jsonl
-        --hybrid-group-size 4 --hybrid-max-response-length {DIGITS + 1} --hybrid-run-dir {folder}
+        --hybrid --hybrid-teacher-load {world}/teacher --hybrid-reward study_world:{reward}
+        --hybrid-prompts {world}/prompts-{digits}.jsonl --hybrid-eval-prompts {world}/held_out-{digits}.jsonl
+        --hybrid-group-size 4 --hybrid-max-response-length {longest} --hybrid-run-dir {folder}
         --hybrid-gradient-norms-interval 1000 --hybrid-samples-interval 1000
         --seq-length 16 --micro-batch-size {batch} --global-batch-size {batch} --train-iters {steps} --seed {seed}
         --lr {lr} --min-lr {lr} --weight-decay 0 --clip-grad 1 --log-interval 1000
-        --eval-interval {max(1, steps // 10)} --eval-iters {max(1, EVALUATED // batch)}
+        --eval-interval {interval} --eval-iters {evaluations}
         --ckpt-format torch_dist --distributed-backend gloo --transformer-impl local --num-workers 0
         --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion
         --no-rope-fusion
     """
-    return [*megatron_flags(load_megatron_args(world / "student")), *common.split(), *method.flags.split()]
+    values = about | {
+        "world": world,
+        "folder": folder,
+        "seed": seed,
+        "reward": REWARDS[about["reward"]],
+        "digits": DIGITS,
+        "longest": DIGITS + 1,
+        "interval": max(1, about["steps"] // 10),
+        "evaluations": max(1, EVALUATED // about["batch"]),
+    }
+    words = [word.format(**values) for word in common.split()]  # split first: a path may have spaces
+    return [*megatron_flags(load_megatron_args(world / "student")), *words, *method.flags.split()]
 
 
 def train(argv: list[str], others: str, log: str) -> None:
