@@ -19,6 +19,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
         ("preprocess_data.py", "--output-prefix"),
         ("profile_step.py", "profile"),
         ("soak.py", "--ranks"),
+        ("study_training.py", "--seeds"),
+        ("study_variance.py", "--reference-batches"),
         ("train_tokenizer.py", "--vocab-size"),
     ],
 )
