@@ -27,6 +27,10 @@ class ServerError(HybridError, RuntimeError):
     """A server that the run depends on is down, refuses, or answers something else than it should."""
 
 
+class ServerDown(ServerError):
+    """It answers nothing that is meant for us, at any attempt: others need not ask it now."""
+
+
 class PeerError(HybridError, RuntimeError):
     """Another rank of the job died or hangs; says which, and in what."""
 

@@ -348,6 +348,14 @@ def check_url(name: str, url: str, *, allow_http: bool = False) -> None:
             f"config.json and errors, and is not sent. Put the server's key into the environment variable {variable}, "
             "which goes along as a bearer token, and leave it out of the address."
         )
+    keys = r"[?&][^=&]*(key|token|secret|passw|auth|sig)[^=&]*="
+    if name != "reward" and re.search("[?#]", url) or re.search(keys, url, re.IGNORECASE):
+        variable = REWARD_KEY_VARIABLE if name == "reward" else SERVER_KEY_VARIABLE
+        raise ConfigError(
+            f"{name} is an address with a query that has no place in it (not shown here): it would be written into "
+            f"config.json, checkpoints and errors. Put a key into the environment variable {variable}, which goes along "
+            "as a bearer token, and leave it out of the address."
+        )
     try:
         parts = urlsplit(url)
         # Characters that one parser drops and another reads would make it another host than the one that is checked.

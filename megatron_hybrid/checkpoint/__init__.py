@@ -5,5 +5,5 @@
                                               └── prune.py ◄─┴─────────────────┘
 
 `hf_config.py` translates the architecture beside the tensors; `fingerprint.py` says whether two models count in the
-same tokens. Nothing is imported here.
+same tokens; `latest.py` which checkpoint of a folder is the newest whole one. Nothing is imported here.
 """

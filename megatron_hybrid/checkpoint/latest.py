@@ -45,6 +45,8 @@ def settle(checkpoints: str | Path, *, writes: bool) -> None:
     named = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if named == "release":
         return
+    if named.isdecimal() and any((checkpoints / f"iter_{int(named):07d}").glob("mp_rank_*")):
+        return  # Megatron's older format, which has no mark
     if named.isdecimal() and is_marked(folder := checkpoints / f"iter_{int(named):07d}"):
         refuse_cut_files(folder)
         return
@@ -78,13 +80,17 @@ def refuse_cut_files(folder: Path) -> None:
     """Raises DataError where a file of a torch_dist checkpoint is missing, or ends before what was written into it."""
     from torch.distributed.checkpoint import FileSystemReader
 
+    from megatron_hybrid.mcore.plain_reading import reading
+
     if not (folder / ".metadata").exists():
         raise DataError(
             f"{folder / '.metadata'} is missing, which says where the tensors of the checkpoint lie: it cannot be "
             f"read. {_instead(folder)}"
         )
+    with reading(folder):
+        index = FileSystemReader(folder).read_metadata()
     ends: dict[str, int] = {}
-    for place in FileSystemReader(folder).read_metadata().storage_data.values():
+    for place in index.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in sorted(ends.items()):
         file = folder / name

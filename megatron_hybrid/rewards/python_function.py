@@ -40,7 +40,7 @@ class PythonFunctionReward:
         where = f"the reward function {self.name}, on prompt {prompt.prompt_id} (task {prompt.task!r}: {prompt.text!r})"
         try:
             score = self._function(prompt.text, response, prompt.answer, prompt.entry.get("record", {}))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() in it would read as Megatron's own end of a run
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"{where} and response {response!r}, raised {type(error).__name__}: {error} "

@@ -93,8 +93,10 @@ class WorkerPool:
         self._running.add(worker)
         ready = worker.answer(_START_TIMEOUT_S)
         if ready != {}:
-            worker.end()
-            said = ready.get("broken", "see there") if ready else f"it did not start within {_START_TIMEOUT_S:g} s"
+            code = worker.end()
+            self._running.discard(worker)
+            silent = f"it did not start within {_START_TIMEOUT_S:g} s" if code is None else f"it ended with code {code}"
+            said = ready.get("broken", "see there") if ready else silent
             raise ConfigError(
                 f"a process for the reward {self.name} cannot be made: {said}. What it printed is in "
                 f"{self._output.file}; --hybrid-reward-memory is {self._limits.memory_gib:g} GiB of address space."

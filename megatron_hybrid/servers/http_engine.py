@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from megatron_hybrid.errors import ServerError
+from megatron_hybrid.errors import ServerDown, ServerError
 from megatron_hybrid.online_config import SERVER_KEY_VARIABLE
 from megatron_hybrid.servers.engine import Completion, TopTokens, is_log_prob, is_token_id
 from megatron_hybrid.servers.json_server import JsonServer, run_all
@@ -55,11 +55,20 @@ class HttpEngine:
     def _ask[T](
         self, bodies: Sequence[Mapping[str, Any]], reads: Sequence[Callable[[Any], T]]
     ) -> list[T | ServerError]:
-        """What each `read` makes of the answer to its body, some asked at a time; or the error, of the last attempt."""
+        """What each `read` makes of the answer to its body, some asked at a time; or the error, of the last attempt.
+
+        A server that is down for one is not asked for the next: all of them would be waited for, each at its length.
+        """
+        down: list[ServerDown] = []
 
         def ask(body: Mapping[str, Any], read: Callable[[Any], T]) -> T | ServerError:
+            if down:
+                return down[0]
             try:
                 return self._server.post(self.PATH, body, read)
+            except ServerDown as error:
+                down.append(error)
+                return error
             except ServerError as error:
                 return error
 

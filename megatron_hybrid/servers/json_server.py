@@ -20,7 +20,7 @@ from typing import Any
 
 import urllib3
 
-from megatron_hybrid.errors import ConfigError, ServerError
+from megatron_hybrid.errors import ConfigError, ServerDown, ServerError
 from megatron_hybrid.servers.bounded import ASK, AnswerTooLarge, Patience, bounded_pool
 
 Answer = urllib3.BaseHTTPResponse
@@ -120,7 +120,7 @@ class JsonServer:
             ) from error
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
-            raise ServerError(
+            raise ServerDown(
                 f"{self.what} at {self.url}{path} does not answer, after {self._retries} more attempts of at most "
                 f"{self._timeout_s:g} s: {cause}. The run cannot go on without it: start it, correct the address, or "
                 "allow more (--hybrid-server-timeout, --hybrid-server-retries)."
@@ -145,7 +145,8 @@ class JsonServer:
     def _require_done(self, path: str, answer: Answer, busy: frozenset[int] = _BUSY) -> None:
         if not 200 <= answer.status < 300:
             tried = f" after {self._retries} more attempts" if answer.status in busy else ""
-            raise self.broken(path, f"refuses with status {answer.status}{tried}", self._text(answer))
+            error = self.broken(path, f"refuses with status {answer.status}{tried}", self._text(answer))
+            raise ServerDown(str(error)) if answer.status in busy else error
 
     def _json(self, path: str, answer: Answer) -> Any:
         text = self._text(answer)

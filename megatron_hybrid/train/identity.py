@@ -31,8 +31,8 @@ from megatron_hybrid.online_config import OnlineConfig
 from megatron_hybrid.parallel import GroupView
 from megatron_hybrid.prompts.record_file import FILE_ENDINGS
 from megatron_hybrid.teachers.spec import SELF
+from megatron_hybrid.train.origin import versions
 from megatron_hybrid.train.prepare import Prepared
-from megatron_hybrid.train.report import versions
 from megatron_hybrid.train.updates import Updates
 from megatron_hybrid.weighted import split_weighted
 

@@ -17,7 +17,7 @@ from megatron_hybrid.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_hybrid.checkpoint.hf_config import megatron_args_to_hf_config
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.errors import ConfigError, DataError
-from megatron_hybrid.online_config import OnlineConfig
+from megatron_hybrid.online_config import EXECUTES_CODE, OnlineConfig
 from megatron_hybrid.prompts.question import LeftOut
 from megatron_hybrid.prompts.sources import open_sources
 from megatron_hybrid.prompts.stream import PromptStream, too_long
@@ -268,6 +268,13 @@ def _check_waits(args: Namespace, online: OnlineConfig) -> None:
             f"end the run as a collective that hangs. Set it to {waits[1]} or more, or lower "
             "--hybrid-server-timeout or --hybrid-server-retries."
         )
+    limited = any(online.workers_of(name) or name == EXECUTES_CODE for _, name in online.rewards)
+    if args.world_size > 1 and limited and online.reward_timeout >= collective_timeout_s(args):
+        raise ConfigError(
+            f"reward_timeout is {online.reward_timeout:g} s, but the other ranks wait {collective_timeout_s(args):g} s "
+            "for all rewards: one that hangs would end the run as a collective that hangs. Lower it, or raise "
+            "--distributed-timeout-minutes."
+        )
 
 
 def _check_export(args: Namespace, interval: int) -> None:
@@ -320,10 +327,11 @@ def _open_run_dir(folder: str, *, writes: bool) -> None:
         if writes:
             with tempfile.TemporaryFile(dir=path) as probe:
                 probe.write(bytes(LEAST_FREE_BYTES))
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "infinite_kl.jsonl"):
                 if (path / name).exists():
                     open(path / name, "ab").close()
-        journal.read(path / "metrics.jsonl")
+        for name in ("metrics.jsonl", "infinite_kl.jsonl"):
+            journal.read(path / name)
     except OSError as error:
         raise ConfigError(
             f"the run folder {folder!r} cannot be written: {error}. Metrics and samples of the run would be lost from "

@@ -64,10 +64,13 @@ def pretrain_hybrid(*args: Any, **kwargs: Any) -> Any:
         PeerError: another rank died or hangs, and the collectives of this one broke off; names it and its stage.
     """
     pretrain = borrow("megatron.training.training", "pretrain")
+    from megatron_hybrid.mcore.plain_reading import plain_data_only
     from megatron_hybrid.mcore.training import started
 
     call = inspect.signature(pretrain).bind(*args, **kwargs)
-    with started(call) as arguments:
+    with ExitStack() as stack:
+        with plain_data_only():  # 0.17 parses here, --use-checkpoint-args too
+            arguments = stack.enter_context(started(call))
         if not getattr(arguments, "hybrid", False):
             return pretrain(*args, **kwargs)
         check_megatron()
@@ -114,7 +117,8 @@ def _pretrain(pretrain: Callable[..., Any], call: inspect.BoundArguments, argume
         call.arguments.get("train_valid_test_dataset_provider"), forward_step.get_batch, arguments.dataloader_type
     )
     script.check(arguments, from_flags, packed=online.pack_sequences)
-    if arguments.load is not None and arguments.ckpt_step is None:
+    # A checkpoint of torch_dcp has no mark by which a whole one is known.
+    if arguments.load is not None and arguments.ckpt_step is None and arguments.ckpt_format != "torch_dcp":
         settle(arguments.load, writes=arguments.rank == 0)
     prepared = prepare(arguments, forward_step.config, online, has_teacher=forward_step.teacher is not None)
     with ExitStack() as stack:

@@ -8,12 +8,14 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from megatron_hybrid.errors import RewardError
 from megatron_hybrid.train import journal
+from megatron_hybrid.train import peers as peers_module
 from megatron_hybrid.train.peers import Entry, Peers, _space, explanation, is_broken_off
 from tests.faults.kills import SIZE, settings
 from tests.faults.traps import At, Kill
@@ -68,12 +70,9 @@ def test_an_error_of_our_own_is_no_broken_collective():
 
 def warned_while_waiting() -> list[str]:
     """What the thread of a rank says that waits for the others: as under NCCL, where no exception comes."""
-    import logging
-
     said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_hybrid.train.peers").addHandler(handler)
+    # Not a handler: jobs before this one may have changed what loggers let through.
+    peers_module.logger = SimpleNamespace(error=lambda text, *given: said.append(text % given))  # type: ignore[assignment]
     peers = Peers(timeout_s=1.0, by_itself=True)
     if dist.get_rank() == 0:
         peers.enter(1, "reward")

@@ -34,7 +34,7 @@ def run_on_a_disk_that_fills(folder: str, overrides: dict[str, Any], disk: str, 
 
     training_log = training.training_log
     with mock.patch.object(training, "training_log", log):
-        run(folder, overrides)
+        run(folder, overrides, plots=True)
     return len(seen)
 
 

@@ -21,7 +21,7 @@ from tests.rewards.test_rubric import rollouts
 
 
 def made(folder: Path, parallel: ParallelContext | None = None, **settings: Any) -> FailedSamples:
-    online = OnlineConfig(run_dir=str(folder), rollout_server="http://a", **settings)
+    online = OnlineConfig(run_dir=str(folder), rollout_server="https://a", **settings)
     return FailedSamples(online, parallel or ParallelContext())
 
 
