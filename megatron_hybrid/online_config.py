@@ -353,8 +353,8 @@ def check_url(name: str, url: str, *, allow_http: bool = False) -> None:
         variable = REWARD_KEY_VARIABLE if name == "reward" else SERVER_KEY_VARIABLE
         raise ConfigError(
             f"{name} is an address with a query that has no place in it (not shown here): it would be written into "
-            f"config.json, checkpoints and errors. Put a key into the environment variable {variable}, which goes along "
-            "as a bearer token, and leave it out of the address."
+            f"config.json, checkpoints and errors. Put a key into the environment variable {variable}, which goes "
+            "along as a bearer token, and leave it out of the address."
         )
     try:
         parts = urlsplit(url)

@@ -41,4 +41,4 @@ def test_one_reward_of_the_main_thread_binds_the_rubric_to_it_unless_it_has_a_pr
 
 def test_two_rewards_that_metrics_could_not_tell_apart_are_refused():
     with pytest.raises(ConfigError, match="two rewards that metrics would call 'judge.a'"):
-        build_rubric(OnlineConfig(reward="1*http://judge/a,1*https://judge/a?x=1"))
+        build_rubric(OnlineConfig(reward="1*http://judge/a,1*https://judge/a?x=1", allow_http=True))

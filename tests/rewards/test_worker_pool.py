@@ -64,7 +64,7 @@ def gone(pid: int) -> bool:
         ("list", r"returned a list, \[1.0, 2.0\]: expected a number"),
         ("huge", "returned a int, .*: expected a number"),
         ("hoard 5", "raised MemoryError"),
-        ("exit", r"called exit\(3\)"),
+        ("exit", "raised SystemExit: 3"),
         ("leave", "ended its process with exit code 4"),
         ("crash", "ended its process by the signal SIGSEGV"),
     ],

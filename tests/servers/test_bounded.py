@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,10 @@ def raw_server(speak: Speak, *, tls: bool = False, host: str = "127.0.0.1") -> I
         listener.shutdown(socket.SHUT_RDWR)
 
 
+def as_it_is(answer: Any) -> Any:
+    return answer
+
+
 def said(body: bytes, *headers: str, status: str = "200 OK") -> Speak:
     head = "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers, "", ""])
     return lambda stream: stream.sendall(head.encode() + body)
@@ -63,7 +68,7 @@ def with_key(monkeypatch) -> str:
 def test_a_certificate_that_nobody_vouches_for_is_refused_at_once_and_gets_nothing():
     with raw_server(said(b"{}"), tls=True) as (url, asked):
         with pytest.raises(ServerError, match="certificate that is not trusted .*nothing was sent.*SSL_CERT_FILE"):
-            server(url).post("", {"prompt": "secret"})
+            server(url).post("", {"prompt": "secret"}, as_it_is)
         assert not any(b"secret" in request for request in asked)
         assert len(asked) <= 1, "it stays refused however often it is asked"
 
@@ -71,15 +76,15 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_at_once_and_gets_nothi
 def test_an_authority_of_ones_own_is_named_in_the_environment(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(PEM))
     with raw_server(said(b"[1]"), tls=True) as (url, _):
-        assert server(url).post("", {}) == [1]
-        assert server(url.replace("127.0.0.1", "localhost")).post("", {}) == [1]
+        assert server(url).post("", {}, as_it_is) == [1]
+        assert server(url.replace("127.0.0.1", "localhost")).post("", {}, as_it_is) == [1]
 
 
 def test_a_certificate_of_another_name_is_refused(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(PEM))
     expected = pytest.raises(ServerError, match="not trusted .*IP address mismatch")
     with raw_server(said(b"{}"), tls=True, host="127.0.0.2") as (url, _), expected:
-        server(url).post("", {})
+        server(url).post("", {}, as_it_is)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -94,7 +99,7 @@ def test_an_answer_without_end_is_cut_off_at_the_bound(monkeypatch, chunked):
             sent[0] += 65536
 
     with raw_server(speak) as (url, asked), pytest.raises(ServerError, match="gives an answer of more than 1 MB"):
-        server(url).post("", {})
+        server(url).post("", {}, as_it_is)
     assert len(asked) == 1
     assert sent[0] < 20 << 20, "what kernels buffer, not what the server has"
 
@@ -102,7 +107,7 @@ def test_an_answer_without_end_is_cut_off_at_the_bound(monkeypatch, chunked):
 def test_the_largest_answer_that_is_allowed_is_read(monkeypatch):
     monkeypatch.setattr(bounded, "LARGEST_ANSWER_BYTES", 1 << 20)
     with raw_server(said(b"[1]".ljust(1 << 20))) as (url, _):
-        assert server(url).post("", {}) == [1]
+        assert server(url).post("", {}, as_it_is) == [1]
 
 
 def test_an_answer_that_trickles_takes_no_longer_than_a_request_may():
@@ -113,7 +118,7 @@ def test_an_answer_that_trickles_takes_no_longer_than_a_request_may():
             time.sleep(0.05)
 
     with raw_server(speak) as (url, asked), pytest.raises(ServerError, match="does not answer, after 1 more attempts"):
-        server(url, retries=1, timeout_s=0.3).post("", {})
+        server(url, retries=1, timeout_s=0.3).post("", {}, as_it_is)
     assert len(asked) == 2
 
 
@@ -125,7 +130,7 @@ def test_half_an_answer_is_asked_for_again_and_never_taken_for_a_whole_one():
         stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\n" + b"[12]"[: 2 * len(times)])
 
     with raw_server(speak) as (url, _):
-        assert server(url).post("", {}) == [12]
+        assert server(url).post("", {}, as_it_is) == [12]
     assert len(times) == 2
 
 
@@ -133,7 +138,7 @@ def test_a_compressed_answer_is_not_unpacked():
     bomb = gzip.compress(b" " * (64 << 20))
     expected = pytest.raises(ServerError, match="answers something that is no JSON")
     with raw_server(said(bomb, "Content-Encoding: gzip")) as (url, asked), expected:
-        server(url).post("", {})
+        server(url).post("", {}, as_it_is)
     assert b"Accept-Encoding: identity" in asked[0], "it was not asked for"
 
 
@@ -143,7 +148,7 @@ def test_a_redirect_is_not_followed(with_key, status):
     with raw_server(said(b"[1]")) as (elsewhere, asked):
         to = said(b"", f"Location: {elsewhere}/x", status=status)
         with raw_server(to) as (url, _), expected:
-            server(url, key=with_key).post("", {})
+            server(url, key=with_key).post("", {}, as_it_is)
         assert not asked
 
 
@@ -151,7 +156,7 @@ def test_a_busy_server_does_not_decide_how_long_the_run_waits():
     began = time.monotonic()
     expected = pytest.raises(ServerError, match="refuses with status 503 after 2 more attempts")
     with raw_server(said(b"", "Retry-After: 100000", status="503 Busy")) as (url, asked), expected:
-        server(url).post("", {})
+        server(url).post("", {}, as_it_is)
     assert len(asked) == 3 and time.monotonic() - began < 60
 
 
@@ -162,7 +167,7 @@ def test_the_key_is_sent_and_never_shown(with_key):
         said(f"you came with Bearer {KEY}, which I do not know".encode(), status="401 Unauthorized")(stream)
 
     with raw_server(speak) as (url, asked), pytest.raises(ServerError) as refused:
-        server(url, key=with_key).post("", {})
+        server(url, key=with_key).post("", {}, as_it_is)
     assert f"Authorization: Bearer {KEY}\r\n".encode() in asked[0], "without the line break that a file would end in"
     assert KEY not in str(refused.value) and "Bearer (the key)" in str(refused.value)
 
