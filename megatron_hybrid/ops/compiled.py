@@ -142,7 +142,8 @@ def _origins(m_z: Tensor, m_w: Tensor, student_scale: Tensor, ratio: Tensor) -> 
     student_is_farther = m_z.abs() >= m_w.abs()
     c_z = torch.where(ratio == 1, torch.where(student_is_farther, step, 0.0), m_z)
     c_w = torch.where(ratio == 1, torch.where(student_is_farther, 0.0, -step), m_w)
-    return c_z, c_w, ((m_z - c_z) - (m_w - c_w) * ratio) * student_scale
+    rest = ((m_z - c_z) - (m_w - c_w) * ratio) * student_scale
+    return c_z, c_w, rest.clamp(-FAR, FAR)
 
 
 def _scalars(shard: Shard, like: Tensor) -> Tensor:

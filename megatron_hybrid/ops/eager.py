@@ -175,7 +175,8 @@ def _difference(
     if lowest is not None:
         spare.clamp_(min=lowest)
     _scaled(torch.sub(spare, d, out=d), shard.student_scale)
-    return ((m_z - c_z) - (m_w - c_w) * ratio) * shard.student_scale
+    # A shard that the teacher forbids whole has the lowest maximum there is: scaled, it must not become infinite.
+    return (((m_z - c_z) - (m_w - c_w) * ratio) * shard.student_scale).clamp_(-FAR, FAR)
 
 
 def row_blocks(n: int, width: int, like: Tensor) -> list[tuple[int, int]]:

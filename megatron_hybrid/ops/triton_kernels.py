@@ -92,6 +92,7 @@ def _store_stats(
     s_w_all = tl.sum(s_w * tl.exp2((m_w - m_w_all) * (teacher_scale * _LOG2_E)), axis=0)
     shift = ((c_z - c_z_all) - (c_w - c_w_all) * ratio) * student_scale
     rest = ((m_z_all - c_z_all) - (m_w_all - c_w_all) * ratio) * student_scale
+    rest = tl.minimum(tl.maximum(rest, -_FAR), _FAR)  # finite where the teacher forbids all of it, see `eager.py`
     # A maximum ignores NaN, the sums do not.
     tl.store(out, tl.where(s_z_all == s_z_all, m_z_all, s_z_all))
     tl.store(out + 1, s_z_all)

@@ -59,6 +59,8 @@ def assert_same(parts: Any, whole: Any, size: float) -> None:
     for name in ("kl", "log_prob", "teacher_log_prob", "entropy"):
         one, other = getattr(parts, name), getattr(whole, name)
         same = torch.isclose(one, other, rtol=1e-5, atol=2e-6 * (1 + size)) | (one == other)
+        if name == "teacher_log_prob":  # a bucket's is shared out as the student shares it: not where fp32 gives it 0
+            same |= whole.log_prob < -80
         assert same.all(), (name, one, other)
 
 

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_hybrid.ops import compiled, eager
 from megatron_hybrid.ops.api import vocab_parallel_hybrid_loss
+from megatron_hybrid.ops.call import Call, Shard
 from megatron_hybrid.ops.diagnostics import logit_gradient_norms
 from megatron_hybrid.ops.divergence import DIVERGENCES
 from megatron_hybrid.ops.reference import reference_hybrid_loss
@@ -117,6 +119,17 @@ def norms_of_shard(case: Case, divergence: str) -> tuple[Tensor, Tensor]:
         group=dist.group.WORLD,
         divergence=divergence,
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("backend", [eager, compiled])
+def test_a_shard_that_the_teacher_forbids_whole_has_an_infinite_cost_and_no_nan(backend: Any, temperature: float):
+    student, teacher = torch.randn(3, 8), torch.full((3, 8), -torch.inf)
+    shard = Shard(0, 8, 1 / temperature, 1 / temperature, None)
+    stats = backend.shard_stats(
+        student, teacher, Call(torch.zeros(3, dtype=torch.long), None, torch.Size([3]), shard, None)
+    )
+    assert (stats[:, 4] == torch.inf).all() and not stats.isnan().any()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
