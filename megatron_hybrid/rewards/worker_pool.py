@@ -167,7 +167,7 @@ class _Worker:
         by_itself = self._wait(0 if self._holds_socket() else 5)  # which closes a moment before its process ends
         if by_itself is None:
             self._process.send_signal(signal.SIGUSR1)  # it writes where it is, see worker.py
-            self._wait(0.3)
+            self._wait(1.0)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
