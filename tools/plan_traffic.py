@@ -101,9 +101,9 @@ def sampling(plan: Plan) -> list[Message]:
 
 
 def rewards(plan: Plan) -> list[Message]:
-    """Scored by one rank of a replica, b + 1 numbers in fp32 along cp and tp (`train/scoring.py`)."""
+    """Scored by one rank of a replica, 2 b + 1 numbers in fp32 along cp and tp (`train/scoring.py`)."""
     axes = [axis for axis in ("cp", "tp") if getattr(plan.layout, axis) > 1]
-    return [Message("rewards", "broadcast", axis, 1, FP32 * (plan.rows + 1)) for axis in axes]
+    return [Message("rewards", "broadcast", axis, 1, FP32 * (2 * plan.rows + 1)) for axis in axes]
 
 
 def teacher(plan: Plan) -> list[Message]:
