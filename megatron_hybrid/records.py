@@ -265,16 +265,20 @@ class HybridMicrobatch:
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """What the loss said of a micro-batch's response tokens; filled by the forward step. Each [n] fp32, detached."""
+    """What the loss said of a micro-batch's response tokens; filled by the forward step. All are detached."""
 
     kl: Tensor
-    """Reverse KL to the teacher, nats; 0 without one."""
+    """[n] fp32, nats: reverse KL to the teacher; 0 without one."""
     divergence: Tensor
-    """What is minimised in its place, nats."""
+    """[n] fp32, nats: what is minimised in its place."""
     log_prob: Tensor
+    """[n] fp32, nats, of the token under the student."""
     teacher_log_prob: Tensor
+    """[n] fp32, nats; 0 without a teacher."""
     imitation_weight: Tensor
+    """[n] fp32."""
     advantage: Tensor
+    """[n] fp32."""
 
 
 @dataclass(frozen=True)

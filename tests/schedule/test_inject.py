@@ -13,7 +13,7 @@ import pytest
 from megatron.training import training
 
 from megatron_hybrid.errors import MegatronMismatch
-from megatron_hybrid.mcore.symbols import BORROWED, SEEN_VERSIONS, megatron_version
+from megatron_hybrid.mcore.symbols import SEEN_VERSIONS, asked_of, generation, megatron_version
 from megatron_hybrid.schedule.inject import ScheduleCall, injected
 
 NAMES = ("get_forward_backward_func", "training_log", "train_step", "save_checkpoint_and_time")
@@ -187,7 +187,9 @@ def test_after_a_failing_schedule_the_step_is_not_reported_as_done(hooks, monkey
     assert [name for name, _ in hooks.seen] == ["before"]
 
 
-@pytest.mark.parametrize("name", [name for module, name in BORROWED if module == "megatron.training.training"])
+@pytest.mark.parametrize(
+    "name", [name for module, name in asked_of(generation()) if module == "megatron.training.training"]
+)
 def test_a_megatron_without_a_borrowed_symbol_is_named_and_left_alone(monkeypatch, name):
     monkeypatch.delattr(training, name)
     before = [vars(training).get(n) for n in NAMES]
