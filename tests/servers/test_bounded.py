@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import socket
 import ssl
 import threading
@@ -32,7 +33,15 @@ def raw_server(speak: Speak, *, tls: bool = False, host: str = "127.0.0.1") -> I
 
     def answer(connection: socket.socket) -> None:
         with suppress(OSError), context.wrap_socket(connection, server_side=True) if tls else connection as stream:
-            asked.append(stream.recv(1 << 16))
+            # Whole: what is unread when a connection closes makes the other end lose its answer.
+            request = b""
+            while not (end := re.search(rb"(?is)content-length: (\d+).*?\r\n\r\n", request)) or len(request) < (
+                end.end() + int(end[1])
+            ):
+                if not (part := stream.recv(1 << 16)):
+                    break
+                request += part
+            asked.append(request)
             speak(stream)
 
     def accept() -> None:
