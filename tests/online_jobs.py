@@ -92,11 +92,9 @@ def with_teacher(folder: str | Path, name: str, **more: Any) -> dict[str, Any]:
     return under | {"hybrid_run_dir": f"{folder}/{name}"} | more
 
 
-def make_teacher(folder: str, overrides: dict[str, Any]) -> None:
-    """A checkpoint of a random model with the student's tokenizer and another seed, saved by Megatron itself."""
-    from tests.pretrain_jobs import provide, stock_forward_step
-
-    flags = ONLINE | {
+def teacher_flags(folder: str) -> dict[str, Any]:
+    """Of a Megatron run that saves a random model with the student's tokenizer and another seed."""
+    return ONLINE | {
         "hybrid": None,
         "calculate_per_token_loss": True,
         "tokenizer_model": f"{folder}/tokenizer",
@@ -109,6 +107,13 @@ def make_teacher(folder: str, overrides: dict[str, Any]) -> None:
         "save_interval": 1,
         "dataloader_type": "external",
     }
+
+
+def make_teacher(folder: str, overrides: dict[str, Any]) -> None:
+    """A checkpoint of a random model with the student's tokenizer and another seed, saved by Megatron itself."""
+    from tests.pretrain_jobs import provide, stock_forward_step
+
+    flags = teacher_flags(folder)
     with megatron(**(flags | overrides)) as args:
         from megatron.core.enums import ModelType
         from megatron.training import pretrain

@@ -80,7 +80,7 @@ def refuse_cut_files(folder: Path) -> None:
     """Raises DataError where a file of a torch_dist checkpoint is missing, or ends before what was written into it."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    from megatron_hybrid.mcore.plain_reading import reading
+    from megatron_hybrid.mcore.plain_reading import file_ends, reading
 
     if not (folder / ".metadata").exists():
         raise DataError(
@@ -89,10 +89,7 @@ def refuse_cut_files(folder: Path) -> None:
         )
     with reading(folder):
         index = FileSystemReader(folder).read_metadata()
-    ends: dict[str, int] = {}
-    for place in index.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in sorted(ends.items()):
+    for name, end in file_ends(index):
         file = folder / name
         size = file.stat().st_size if file.exists() else 0
         if size < end:

@@ -123,6 +123,14 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:_SHOWN]}"
 
 
+def file_ends(index: Any) -> list[tuple[str, int]]:
+    """Names of a checkpoint's files and the least bytes that each must have, sorted; index: its `.metadata`."""
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    return sorted(ends.items())
+
+
 def _broken_file(folder: Path) -> str | None:
     """Which file is missing, cut off or no index; None where lengths and index are in order."""
     path = folder / _INDEX_FILE
@@ -133,10 +141,7 @@ def _broken_file(folder: Path) -> str | None:
         return f"{path} is missing"
     except Exception as error:  # a pickle of anything fails in any way
         return f"{path} is broken ({type(error).__name__}: {str(error)[:_SHOWN]})"
-    ends: dict[str, int] = {}
-    for info in index.storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in sorted(ends.items()):
+    for name, end in file_ends(index):
         shard = folder / name
         if not shard.is_file():
             return f"{shard} is missing"

@@ -3,6 +3,7 @@
 prepare.py    what can be wrong with settings, prompts and teachers, found out before Megatron starts
 pretrain.py   Megatron's pretrain with the loop around its schedule
 loop.py       draw -> sample -> score beside the teacher -> credit -> [Megatron's step] -> measure -> report
+clock.py      seconds of its stages
 scoring.py    rewards in a thread, and to all ranks that need them; failed_samples.py: those that fail
 updates.py    which rollouts a step learns from: mini-batches and epochs of a collection
 collection.py rollouts that later steps still learn from, kept beside a checkpoint

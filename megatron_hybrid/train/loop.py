@@ -16,8 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +44,7 @@ from megatron_hybrid.schedule.layout import SequenceLayout, schedule_shape
 from megatron_hybrid.schedule.microbatch import credited, microbatches, without_rows
 from megatron_hybrid.teachers.base import Teacher
 from megatron_hybrid.teachers.snapshot import SnapshotTeacher
+from megatron_hybrid.train.clock import StageClock
 from megatron_hybrid.train.collection import fingerprint, load_collection, save_collection
 from megatron_hybrid.train.credit import Credit, Scored
 from megatron_hybrid.train.failed_samples import FailedSamples
@@ -124,7 +124,7 @@ class OnlineLoop:
         self._teachers: Teachers | None = None
         self.updates = Updates(self.config.mini_batches, self.config.ppo_epochs)
         self.credit = Credit(self.config, self.parallel)
-        self._clock = _Clock(self._enter)
+        self._clock = StageClock(self._enter)
         self._infinite_kl = InfiniteKl(self.sampler.decode, self.parallel)
 
     # Hooks, in the order Megatron's step meets them.
@@ -142,7 +142,7 @@ class OnlineLoop:
             self._started = True
             self._evaluate_first(call)
             self._evaluating = False
-        self._clock = _Clock(self._enter)
+        self._clock = StageClock(self._enter)
         self.forward_step.metrics = self._held_out if call.forward_only else Metrics()
         self.forward_step.token_numbers = []
         next_step = self._step + 1
@@ -401,25 +401,3 @@ class OnlineLoop:
 def _beside(checkpoints: str, name: str, iteration: int) -> Path:
     """Where something of ours that belongs to a checkpoint lies: Megatron's own folders it may not share."""
     return Path(checkpoints) / name / f"iter_{iteration:07d}"
-
-
-class _Clock:
-    """Seconds of each stage; in a profile each is a span of its name."""
-
-    def __init__(self, enter: Callable[[str], None]) -> None:
-        self.laps: dict[str, float] = {}
-        self._enter = enter
-        self._last = time.perf_counter()
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._enter(name)
-        started = time.perf_counter()
-        with record_function(f"hybrid/{name}"):
-            yield
-        self._last = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + self._last - started
-
-    def rest(self, name: str) -> None:
-        """What has passed since the last stage."""
-        self.laps[name] = time.perf_counter() - self._last

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.online_jobs import ONLINE, WORDS, make_prompts, make_tokenizer, steps, with_teacher
+from tests.online_jobs import ONLINE, WORDS, make_prompts, make_tokenizer, steps, teacher_flags, with_teacher
 from tests.pretrain_jobs import RandomTokens, get_batch, loss_func, stock_forward_step
 from tests.tiny import command_line
 
@@ -129,20 +129,7 @@ def make_teacher(folder: str, overrides: dict[str, Any]) -> None:
     """A checkpoint by Megatron itself, of another depth than the student."""
     from megatron.training import pretrain
 
-    flags = ONLINE | {
-        "hybrid": None,
-        "calculate_per_token_loss": True,
-        "tokenizer_model": f"{folder}/tokenizer",
-        "num_layers": 2,
-        "train_iters": 1,
-        "lr": 1e-6,
-        "min_lr": 0.0,
-        "seed": 77,
-        "init_method_std": 0.2,
-        "save": f"{folder}/teacher",
-        "save_interval": 1,
-        "dataloader_type": "external",
-    }
+    flags = teacher_flags(folder) | {"num_layers": 2}
     with started(flags | overrides):
         call(pretrain, stock_forward_step)
 
