@@ -127,6 +127,11 @@ def imitation_part(kind: str, discount: float) -> str:
     return f"{kind} {discount:g}" if discount else "dense"
 
 
+def _hybrid(baseline: str, future: str) -> Callable[[float, float], dict[str, float]]:
+    """lambda and gamma to the weights of a reward under this baseline and the imitation of this future cost."""
+    return lambda lam, d: {f"reward, {baseline}": lam, imitation_part(future, d): 1}
+
+
 REFERENCE = {"reward": "reward, rloo", "imitation": "closed, group 1"}
 """The parts that a reference of many batches is made of: unbiased, with the least noise of all."""
 
@@ -200,13 +205,13 @@ ESTIMATORS = {
         Estimator(
             "paper's hybrid: sampled future",
             True,
-            lambda lam, d: {"reward, none": lam, imitation_part("sampled", d): 1},
+            _hybrid("none", "sampled"),
             discounted=True,
         ),
         Estimator(
             "hybrid: sampled future, RLOO",
             True,
-            lambda lam, d: {"reward, rloo": lam, imitation_part("sampled", d): 1},
+            _hybrid("rloo", "sampled"),
             discounted=True,
         ),
         Estimator(
@@ -217,17 +222,15 @@ ESTIMATORS = {
         Estimator(
             "ours: closed form, RLOO",
             True,
-            lambda lam, d: {"reward, rloo": lam, imitation_part("closed", d): 1},
+            _hybrid("rloo", "closed"),
             discounted=True,
         ),
         Estimator(
             "ours, reward without a baseline",
             True,
-            lambda lam, d: {"reward, none": lam, imitation_part("closed, group", d): 1},
+            _hybrid("none", "closed, group"),
         ),
-        Estimator(WEIGHTED, True, lambda lam, d: {"reward, weighted": lam, imitation_part("closed, group", d): 1}),
-        Estimator(
-            OURS, True, lambda lam, d: {"reward, rloo": lam, imitation_part("closed, group", d): 1}, discounted=True
-        ),
+        Estimator(WEIGHTED, True, _hybrid("weighted", "closed, group")),
+        Estimator(OURS, True, _hybrid("rloo", "closed, group"), discounted=True),
     )
 }
