@@ -294,6 +294,9 @@ def _forget_megatron() -> bool:
     if parallel_state is None:
         return False
     had_groups = bool(parallel_state.model_parallel_is_initialized())
+    # Megatron caches the angles of a model's last 32 lengths by the module itself, and so keeps modules' groups alive.
+    if rotary := sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding"):
+        rotary.RotaryEmbedding.forward.cache_clear()
     if training := sys.modules.get("megatron.training.training"):
         training.destroy_global_state()
     else:

@@ -120,10 +120,14 @@ def expected(pools: Callable[..., Any], model: Model, problem: Problem) -> dict[
 
 
 def quietly(job: Callable[..., Any], *args: Any) -> Any:
-    """A job without Megatron's log."""
+    """A job without Megatron's log; the rank's next job has it again."""
     logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    return job(*args)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return job(*args)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def main() -> None:
