@@ -17,10 +17,10 @@ import os
 from pathlib import Path
 
 from megatron_hybrid.errors import DataError
+from megatron_hybrid.mcore.checkpoint_io import TRACKER
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _MARK = "metadata.json"
 
 

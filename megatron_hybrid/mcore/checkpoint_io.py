@@ -34,7 +34,7 @@ from megatron_hybrid.mcore.plain_reading import reading, require_unaltered, writ
 from megatron_hybrid.mcore.save_signals import helper_of_the_writer
 from megatron_hybrid.runtime import cpu
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_TENSORS = ("embedding.", "decoder.", "output_layer.")
 """How the names of a model's own tensors begin on disk; the others are the optimizer's."""
 _STACKED = re.compile(r"^decoder\.layers\.(?!\d)(.+)$")
@@ -148,7 +148,7 @@ def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], ar
             values only, because Megatron reads them back without unpickling code
     """
     folder = Path(folder)
-    if (folder / _TRACKER).exists() or (folder / "release").exists():
+    if (folder / TRACKER).exists() or (folder / "release").exists():
         raise DataError(
             f"{folder} already holds a checkpoint: writing another into it would mix them. Choose another folder."
         )
@@ -167,7 +167,7 @@ def save_megatron_checkpoint(folder: str | Path, state: Mapping[str, Tensor], ar
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     # Last, because a folder with a tracker is a finished checkpoint.
-    (folder / _TRACKER).write_text("release\n", encoding="utf-8")
+    (folder / TRACKER).write_text("release\n", encoding="utf-8")
     return folder
 
 
@@ -236,7 +236,7 @@ def load_megatron_state(folder: str | Path) -> tuple[dict[str, Tensor], dict[str
 def checkpoint_folder(folder: str | Path) -> Path:
     """The folder with the tensors: `folder` itself, or the one its tracker file names."""
     folder = Path(folder)
-    inner, tracker = folder, folder / _TRACKER
+    inner, tracker = folder, folder / TRACKER
     if tracker.exists():
         word = tracker.read_text(encoding="utf-8", errors="replace").strip()
         if word != "release" and not re.fullmatch("[0-9]{1,12}", word):
@@ -249,7 +249,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
         is_one = dist_checkpointing.check_is_distributed_checkpoint(str(inner))
     if not is_one:
         raise DataError(
-            f"{inner} is no torch_dist checkpoint: a folder with {_TRACKER}, or one iteration inside it, was expected. "
+            f"{inner} is no torch_dist checkpoint: a folder with {TRACKER}, or one iteration inside it, was expected. "
             "Save with --ckpt-format torch_dist, or convert with tools/convert_checkpoint.py."
         )
     return inner

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.checkpoint.latest import TRACKER, begin_over, settle
+from megatron_hybrid.checkpoint.latest import begin_over, settle
 from megatron_hybrid.errors import DataError
+from megatron_hybrid.mcore.checkpoint_io import TRACKER
 from tests.online_jobs import make_tokenizer, run
 
 
