@@ -140,7 +140,7 @@ def online(folder: str, overrides: dict[str, Any]) -> str:
 
     flags = ONLINE | {
         "tokenizer_model": f"{folder}/tokenizer",
-        "hybrid_reward": f"{__name__}:likes_ones",
+        "hybrid_reward": "tests.mcore.version_jobs:likes_ones",
         "hybrid_prompts": f"{folder}/prompts.jsonl",
         "hybrid_eval_prompts": f"{folder}/held_out.jsonl",
         "eval_iters": 1,
