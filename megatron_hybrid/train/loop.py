@@ -297,6 +297,7 @@ class OnlineLoop:
         """The micro-batches of this schedule call, with the teacher's payload and their credit."""
         num_rows = int(call.kwargs["num_microbatches"]) * int(call.kwargs["micro_batch_size"])
         collection, wait = None if call.forward_only else self._kept_collection(), None
+        self.failed_samples.step = self._step + (not call.forward_only)
         if collection is None:
             with self._clock.stage("rollout"):
                 collection = Scored(self._sample(call, num_rows))
