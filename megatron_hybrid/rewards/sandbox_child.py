@@ -74,6 +74,8 @@ def _unshare(is_root: bool) -> None:
 def _mount_root(root: str, prefix: str) -> None:
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)  # nothing of what follows is seen outside
     _mount("none", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
+    os.mkdir(f"{root}/tmp")  # first: Python itself may lie below it
+    _mount("none", f"{root}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={_FILES_BYTES},mode=1777")
     for path in (*_SYSTEM, prefix):
         inside = root + path
         if os.path.islink(path):
@@ -87,9 +89,7 @@ def _mount_root(root: str, prefix: str) -> None:
             _set_attributes(inside, _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV)
     for path in _DEVICES:
         _bind_file(path, root + path)
-    os.mkdir(f"{root}/tmp")
     _set_attributes(root, _MOUNT_ATTR_RDONLY, recursive=False)
-    _mount("none", f"{root}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={_FILES_BYTES},mode=1777")
 
 
 def _become_program(settings: dict[str, Any], user: int | None) -> None:

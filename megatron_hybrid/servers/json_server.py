@@ -2,6 +2,8 @@
 
 Connections are kept and shared by threads; a failed connection, a timeout, the statuses that a busy or restarting
 server gives (429, 500, 502, 503, 504), and an answer that cannot be used are tried again with growing pauses (urllib3).
+A server that was down at every attempt is from then on tried once a request, until it answers again: a run that goes on
+without its answers waits for it once, not at every step.
 Every request is one that may be answered twice without harm. A key is taken from an environment variable, so that no
 address, error or configuration holds one. Not here: what bodies and answers mean.
 """
@@ -9,6 +11,7 @@ address, error or configuration holds one. Not here: what bodies and answers mea
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import reprlib
@@ -22,6 +25,8 @@ import urllib3
 
 from megatron_hybrid.errors import ConfigError, ServerDown, ServerError
 from megatron_hybrid.servers.bounded import ASK, AnswerTooLarge, Patience, bounded_pool
+
+logger = logging.getLogger(__name__)
 
 Answer = urllib3.BaseHTTPResponse
 
@@ -60,7 +65,6 @@ class JsonServer:
         self.url = url.rstrip("/")
         self.what = what
         self._timeout_s = timeout_s
-        self._retries = retries
         self._key = _key(key_variable) if key_variable else ""
         self._retry = Patience(
             retries,
@@ -74,6 +78,8 @@ class JsonServer:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         self._pool = bounded_pool(headers, timeout_s=timeout_s, connections=connections)
+        self._is_down = False
+        self._lock = threading.Lock()
 
     def post[T](self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the answer's JSON.
@@ -84,7 +90,18 @@ class JsonServer:
         Raises:
             ServerError: nobody answers, the answer has another status than 2xx, or no attempt gives one to be used.
         """
-        retries: urllib3.Retry = self._retry
+        was_down = self._is_down
+        try:
+            found = self._answered(path, body, read, self._retry.new(total=0) if was_down else self._retry)
+        except ServerDown:
+            if not was_down:
+                self._note(down=True)
+            raise
+        if was_down:  # when it was asked: the answer to an earlier request says nothing of now
+            self._note(down=False)
+        return found
+
+    def _answered[T](self, path: str, body: Mapping[str, Any], read: Callable[[Any], T], retries: urllib3.Retry) -> T:
         while True:
             answer = self._exchange(path, body, retries)
             self._require_done(path, answer)
@@ -92,6 +109,13 @@ class JsonServer:
                 return read(self._json(path, answer))
             except ServerError as unusable:
                 retries = self._once_more(answer, unusable)
+
+    def _note(self, *, down: bool) -> None:
+        with self._lock:  # of several threads one says it
+            changed, self._is_down = self._is_down != down, down
+        if changed:
+            now = "is down: until it answers again, a request is tried once" if down else "answers again"
+            logger.warning("%s at %s %s", self.what, self.url, now)
 
     def tell(self, path: str, body: Mapping[str, Any] | None = None) -> None:
         """As `post`, for an order: the answer says nothing but that it was done. Status 500 says that it was not."""
@@ -121,7 +145,7 @@ class JsonServer:
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
             raise ServerDown(
-                f"{self.what} at {self.url}{path} does not answer, after {self._retries} more attempts of at most "
+                f"{self.what} at {self.url}{path} does not answer, after {_allowed(retries)} more attempts of at most "
                 f"{self._timeout_s:g} s: {cause}. The run cannot go on without it: start it, correct the address, or "
                 "allow more (--hybrid-server-timeout, --hybrid-server-retries)."
             ) from error
@@ -144,7 +168,7 @@ class JsonServer:
 
     def _require_done(self, path: str, answer: Answer, busy: frozenset[int] = _BUSY) -> None:
         if not 200 <= answer.status < 300:
-            tried = f" after {self._retries} more attempts" if answer.status in busy else ""
+            tried = f" after {_allowed(answer.retries)} more attempts" if answer.status in busy else ""
             error = self.broken(path, f"refuses with status {answer.status}{tried}", self._text(answer))
             raise ServerDown(str(error)) if answer.status in busy else error
 
@@ -158,6 +182,11 @@ class JsonServer:
     def _text(self, answer: Answer) -> str:
         text = answer.data.decode("utf-8", errors="replace")
         return text.replace(self._key, "(the key)") if self._key else text  # some show what they got
+
+
+def _allowed(retries: urllib3.Retry | None) -> int:
+    """Attempts behind the first that a request was allowed, wherever it stands."""
+    return 0 if retries is None else int(retries.total or 0) + len(retries.history)
 
 
 def _excerpt(answer: Any) -> str:

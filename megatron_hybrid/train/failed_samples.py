@@ -1,10 +1,11 @@
 """Responses that could not be scored, and prompts that a server did not answer: what becomes of them, and a record.
 
-    RUN_DIR/failed_samples_<replica>.jsonl     prompt, response and reason, some per collection, bounded in all
+    RUN_DIR/failed_samples_<replica>.jsonl     step, prompt, response and reason, some per collection, bounded in all
 
 Whether the run ends is decided here; otherwise their scores count as 0 or their groups are dropped (`credit.py`), and
 every step counts them (`training/failed_*`). The record helps to mend a reward, so no fault in writing it ends a run.
-One rank of each replica writes. No collective.
+One rank of each replica writes; what an earlier start has written of later steps is moved aside by `report.py`. No
+collective.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class FailedSamples:
         self._speaks = parallel.is_last_stage and parallel.tp.rank == parallel.cp.rank == 0
         self._file = Path(online.run_dir, f"failed_samples_{parallel.dp.rank}.jsonl")
         self._writes = self._speaks
+        self.step = 0
+        """That responses are collected for, or that is evaluated; set by the loop."""
 
     @property
     def drops_rewards(self) -> bool:
@@ -84,7 +87,7 @@ class FailedSamples:
         if not self._writes:
             return
         # ASCII alone: a response may hold half a surrogate pair, which is no UTF-8.
-        text = "".join(json.dumps(plain(record)) + "\n" for record in records)
+        text = "".join(json.dumps(plain({"step": self.step, **record})) + "\n" for record in records)
         try:
             with open(self._file, "a", encoding="ascii") as file:
                 if file.tell() + len(text) <= LARGEST_FILE_BYTES:

@@ -7,7 +7,8 @@
 Drawing, sampling and scoring happen once per collection, from which several steps may learn (`updates.py`). The
 position in the prompts follows from the number of steps, and every random number from the step, the prompt and the
 sample, so a resumed run goes on exactly; what else a run has to remember goes into Megatron's checkpoint with the
-arguments (`credit.py`) or beside it (the student's copy; a collection that later steps still learn from).
+arguments (`credit.py`, `nonfinite.py`) or beside it (the student's copy; a collection that later steps still learn
+from).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class OnlineLoop:
     """The stages of one run on one rank; implements `schedule.inject.Hooks`."""
 
     args: Any
-    """Megatron's arguments: its counters are read, and `hybrid_state` is kept in them, which it saves."""
+    """Megatron's arguments: its counters are read; `hybrid_state` and `hybrid_nonfinite` are kept in them, which it
+    saves."""
     config: HybridConfig
     forward_step: HybridForwardStep
     parallel: ParallelContext
@@ -237,6 +239,7 @@ class OnlineLoop:
         if dist.get_rank() == 0:
             begin_over(Path(self.args.save) / f"iter_{iteration:07d}")
         self.args.hybrid_state = self.credit.state()
+        self.args.hybrid_nonfinite = self.nonfinite.state()
         if self._copy is not None:
             self._copy.save(_beside(self.args.save, "hybrid_teacher", iteration))
         if self._collection is not None and not self.updates.is_first(iteration):
@@ -294,6 +297,7 @@ class OnlineLoop:
         """The micro-batches of this schedule call, with the teacher's payload and their credit."""
         num_rows = int(call.kwargs["num_microbatches"]) * int(call.kwargs["micro_batch_size"])
         collection, wait = None if call.forward_only else self._kept_collection(), None
+        self.failed_samples.step = self._step + (not call.forward_only)
         if collection is None:
             with self._clock.stage("rollout"):
                 collection = Scored(self._sample(call, num_rows))

@@ -6,7 +6,7 @@
 
 That nobody takes the step is the work of `mcore/finite_steps.py`. Written by the first tensor-parallel rank of each
 replica's last pipeline stage, the newest steps only. What fp16's loss scaler skips, looking for its scale, is not
-counted here.
+counted here. Those in a row go into Megatron's checkpoint: a run that is started again every few steps ends as well.
 Collectives: one gathering of names and extremes over all ranks, in a step that was skipped; no other step has any.
 """
 
@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -178,6 +178,21 @@ class NonFiniteSteps:
             )
         if len(self._in_a_row) >= self.limit:
             self._stop()
+
+    def state(self) -> list[dict[str, Any]]:
+        """What a checkpoint keeps, equal on every rank: the skipped steps in a row that it is the end of."""
+        return [asdict(skipped) for skipped in self._in_a_row]
+
+    def load(self, state: Iterable[dict[str, Any]]) -> None:
+        """Goes on from a checkpoint's state."""
+        self._in_a_row = deque(Skipped(**skipped) for skipped in state)
+        if self._in_a_row and self.limit and self._says:
+            logger.warning(
+                "the last %d steps before the checkpoint were skipped for a gradient that is not finite: they count "
+                "among the %d in a row that end the run",
+                len(self._in_a_row),
+                self.limit,
+            )
 
     def _gathered(self, step: int, norm: float, batch: Batch | None) -> Skipped:
         mine = (self._parameters, {} if batch is None else _extremes(batch))

@@ -214,6 +214,7 @@ def _build_loop(
     nonfinite = NonFiniteSteps(
         online.nonfinite_steps, online.run_dir, parallel, fresh=args.iteration == 0, says=report is not None
     )
+    nonfinite.load(saved.get("hybrid_nonfinite") or ())
     return OnlineLoop(
         args=args,
         config=config,

@@ -6,6 +6,7 @@
     summary.json, summary.md   held-out numbers before and after
     plots/                     drawn by `train/plots.py` at the end
 
+Beside them lie failed_samples_<replica>.jsonl and reward_output_<rank>.log, which other ranks write.
 In: floats by name (`metrics.MEANINGS`), Megatron's own TensorBoard and wandb writers. Also one plain progress line a
 step: no cursor movement, so it reads the same in a terminal and in a Slurm log. Whatever cannot be written once the run
 is under way is said once, counted, and no reason to end it (`outlets.py`). Not here: reductions, collectives.
@@ -75,11 +76,24 @@ class RunReport:
         self._step_times_s: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self._last_end_s: float | None = None
         self._last_samples: Table | None = None
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Moves away what an earlier start has left of later steps, other ranks' files too: they write later."""
+        # A fresh run keeps nothing of an earlier one in this folder, not even what it held before its first step.
+        last = self._start_step if self._start_step > 0 else -1
         for outlet in (self._metrics, self._samples, self._infinite_kl):
-            # A fresh run keeps nothing of an earlier one in this folder, not even what it held before its first step.
-            dropped = journal.rewind(outlet.path, start_step if start_step > 0 else -1)
+            dropped = journal.rewind(outlet.path, last)
             if dropped:
-                self._say(f"{outlet.name}: {dropped} lines after step {start_step} moved aside, to be produced again")
+                self._say(
+                    f"{outlet.name}: {dropped} lines after step {self._start_step} moved aside, to be produced again"
+                )
+        for file in self.run_dir.glob("failed_samples_*[0-9].jsonl"):
+            Outlet(file.name, "what an earlier start left stays in it").write(journal.rewind, file, last)
+        for file in self.run_dir.glob("reward_output_*[0-9].log") if last < 0 else ():
+            Outlet(file.name, "what an earlier run left stays in it").write(
+                file.replace, file.with_suffix(".dropped.log")
+            )
 
     def _guard_writers(self) -> None:
         """Megatron, too, writes to them at every step."""

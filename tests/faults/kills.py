@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,15 @@ class Campaign:
     def kill(self, name: str, layout: str, stages: Sequence[str], *, everybody: bool | None = None) -> list[Outcome]:
         """One run, killed once in or soon after each of the stages and started again; what became of each start.
 
+        Fewer than the stages where one is killed behind its last checkpoint: nothing is left to kill then.
+
         everybody  both ranks or one; None: by chance
         """
         expected = self.quiet(layout)
         outcomes = []
         for number, stage in enumerate(stages):
+            if self._saved(name) == STEPS:
+                break
             both = self.dice.random() < 0.4 if everybody is None else everybody
             outcomes.append(self._killed_start(name, layout, stage, number, everybody=both))
         last = self.ask(self.folder, name, settings(self.folder, name, layout), SIZE)
@@ -205,10 +210,12 @@ def main() -> None:
     with nursery() as ask:
         campaign = Campaign(folder, ask, asked.seed)
         began = time.monotonic()
-        for number in range(0, asked.runs, KILLS_EACH):
+        layouts = cycle(LAYOUTS)
+        while len(outcomes) < asked.runs:
+            number = len(outcomes)
             stages = [STAGES[n % len(STAGES)] for n in range(number, min(number + KILLS_EACH, asked.runs))]
             name = f"killed-{number}"
-            found = campaign.kill(name, list(LAYOUTS)[number // KILLS_EACH % len(LAYOUTS)], stages)
+            found = campaign.kill(name, next(layouts), stages)
             outcomes += found
             if not any(outcome.wrong for outcome in found):
                 campaign.clean(name)

@@ -66,7 +66,8 @@ FAULTS = {
 
 
 def fails_sometimes(question, response, answer, record):
-    """In a run: raises for one question, is text for another; at least 1 for a response to any other."""
+    """In a run: raises for one question, is text for another; at least 1 for a response to any other. Prints."""
+    print("judged", question)
     if question == "w1":
         raise RuntimeError("no judgement")
     if question == "w2":

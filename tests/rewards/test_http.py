@@ -89,8 +89,38 @@ def test_a_request_that_is_wrong_is_not_repeated():
 def test_a_server_that_is_not_there_is_named_with_what_to_do():
     with serve(lengths) as url:
         pass  # its port is free again
-    with pytest.raises(ServerError, match=rf"the reward server at {url} does not answer, after 1 more .*start it"):
-        reward(url, retries=1).score_all(PROMPTS, RESPONSES)
+    ours = reward(url, retries=1)
+    for attempts in (1, 0):
+        said = rf"the reward server at {url} does not answer, after {attempts} more .*start it"
+        with pytest.raises(ServerError, match=said):
+            ours.score_all(PROMPTS, RESPONSES)
+
+
+def test_a_server_that_stays_down_is_waited_for_once_until_it_answers_again(caplog):
+    """Or a run that goes on without it would wait for all attempts at every step."""
+    calls, up = [], []
+
+    def answer(path, body):
+        calls.append(path)
+        return lengths(path, body) if up else (503, "starting")
+
+    with serve(answer) as url:
+        ours = reward(url)
+        for attempts in (3, 1, 1):
+            calls.clear()
+            with pytest.raises(ServerError, match=f"after {attempts - 1} more attempts"):
+                ours.score_all(PROMPTS, RESPONSES)
+            assert len(calls) == attempts
+        up.append(True)
+        assert ours.score_all(PROMPTS, RESPONSES) == [1, 2, 3]
+        up.clear()
+        calls.clear()
+        with pytest.raises(ServerError, match="after 2 more attempts"):
+            ours.score_all(PROMPTS, RESPONSES)
+        assert len(calls) == 3
+    said = [message.partition(url)[2] for message in caplog.messages if url in message and "Retrying" not in message]
+    down = " is down: until it answers again, a request is tried once"
+    assert said == [down, " answers again", down]
 
 
 def test_a_server_that_hangs_is_given_up_after_its_time():

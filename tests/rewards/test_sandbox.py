@@ -217,6 +217,85 @@ def test_without_a_sandbox_nothing_is_run(tmp_path):
     assert not proof.exists()
 
 
+ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; all other tests are an ordinary one's")
+
+
+@ONLY_ROOT
+def test_an_ordinary_user_is_kept_from_the_same_things(tmp_path):
+    """By a user namespace, in which he has the rights that root has outside."""
+    kept = (
+        "import os; from tests.rewards import test_sandbox as t; assert os.getuid() == 65534; "
+        "[t.test_there_is_no_network(f'({host!r}, {{port}})') for host in ('127.0.0.1', '192.0.2.1')]; "
+        "t.test_the_machine_has_no_other_device_there_than_an_idle_loopback(); "
+        "[t.test_files_of_the_machine_are_not_there_to_read(path) for path in ('/etc/passwd', '/var')]; "
+        "[t.test_nothing_can_be_written_outside_of_its_own_folder(folder) for folder in ('', '/usr', '/dev')]; "
+        "t.test_what_it_writes_into_its_folder_is_bounded_and_gone(); "
+        "t.test_it_is_nobody_and_can_become_nobody_else(); "
+        "t.test_memory_is_limited(); "
+        "t.test_what_never_ends_is_ended_with_all_that_it_started('while True: pass'); "
+        "t.test_a_fork_bomb_ends_where_it_began(); "
+        "assert t.passes('import os', ['assert set(os.environ) <= {\"LC_CTYPE\"}'], t.LIMITS); print('all kept')"
+    )
+    done = as_nobody([sys.executable, "-c", kept], tmp_path)
+    assert done.stdout == "all kept\n", done.stderr
+
+
+@ONLY_ROOT
+def test_an_ordinary_user_without_namespaces_is_refused_before_anything_runs(tmp_path):
+    """The kernel gives nobody a user namespace who lives behind a chroot."""
+    asks = (
+        "from megatron_hybrid.online_config import OnlineConfig; from megatron_hybrid.rewards import build; "
+        "build.build_rubric(OnlineConfig(reward='python_tests', allow_code_execution=True))"
+    )
+    done = as_nobody([sys.executable, "-c", asks], tmp_path, jailed=True)
+    *_, said = done.stderr.splitlines()
+    assert "ConfigError: the reward python_tests would run what the model writes without protection" in said
+    assert "PermissionError: [Errno 1] Operation not permitted" in said and "user namespaces (sysctl" in said
+
+
+def as_nobody(command: list[str], folder: Path, *, jailed: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs it as a user who may read Python, the environment and this checkout, wherever they lie; root alone can.
+
+    jailed  behind a chroot
+    """
+    script = ["set -e"]
+    behind = {}
+    for number, path in enumerate([Path(sys.base_prefix), Path(sys.prefix).resolve(), ROOT]):
+        gates = [parent for parent in reversed(path.parents) if not parent.stat().st_mode & 1]
+        if gates:  # such as /root
+            behind[folder / str(number)] = gates[0], path
+    script += [f"mkdir {held}; mount --bind {path} {held}" for held, (_, path) in behind.items()]
+    script += [f"mount -t tmpfs -o mode=755 none {gate}" for gate in {gate for gate, _ in behind.values()}]
+    script += [f"mkdir -p {path}; mount --bind {held} {path}" for held, (_, path) in behind.items()]
+    if jailed:
+        script += [f"mkdir {folder}/jail; mount --rbind / {folder}/jail; cd {ROOT}"]
+        script += [f'exec chroot --userspec=65534:65534 --groups= {folder}/jail sh -c \'cd {ROOT}; "$@"\' sh "$@"']
+    else:
+        script += [f'cd {ROOT}; exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"']
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", "\n".join(script), "sh", *command],
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_python_may_lie_below_the_folder_that_programs_write_to(tmp_path):
+    """A scratch disk is often where environments are made."""
+    prefix = tmp_path / "python"
+    prefix.mkdir()
+    (prefix / "here").touch()
+    (tmp_path / "root").mkdir()
+    looks = (
+        "import os, sys; from megatron_hybrid.rewards import sandbox_child as child; root, prefix = sys.argv[1:]; "
+        "child._unshare(os.geteuid() == 0); child._mount_root(root, prefix); print(os.listdir(root + prefix))"
+    )
+    command = [sys.executable, "-c", looks, str(tmp_path / "root"), str(prefix)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['here']\n", done.stderr
+
+
 def _without_the_right(folder: Path) -> Path:
     """The sandbox's own file, whose kernel refuses namespaces: as a container without CAP_SYS_ADMIN does."""
     file = folder / "child.py"

@@ -118,6 +118,15 @@ def test_a_server_that_is_busy_now_and_then_loses_no_request(served):
     assert len(calls) >= 6
 
 
+def test_a_server_that_is_down_is_said_once_by_all_requests(caplog):
+    with serve(lambda path, body: (503, "starting")) as url:
+        ours = engine("vllm", url, retries=1)
+        for _ in range(2):
+            assert all(isinstance(group, ServerError) for group in ours.complete(PROMPTS, 2, SAMPLING))
+    said = [message for message in caplog.messages if message.startswith(f"the test server at {url} is down")]
+    assert len(said) == 1
+
+
 def choice(**changes):
     whole = {"index": 0, "finish_reason": "stop", "token_ids": [4, 1], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
     return {"choices": [whole | changes]}

@@ -36,6 +36,7 @@ def test_a_failed_reward_ends_the_run_and_is_on_record(tmp_path):
         )
     first, second = records(tmp_path)
     assert first == {
+        "step": 0,
         "kind": "reward",
         "policy_version": 0,
         "prompt_id": 1,

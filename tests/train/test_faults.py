@@ -34,7 +34,7 @@ def records(rank_pool: Any, folder: Path, name: str, size: int = 1, **flags: Any
 
 def failed(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = [
-        line for file in Path(folder, name).glob("failed_samples_*.jsonl") for line in file.read_text().split("\n")
+        line for file in Path(folder, name).glob("failed_samples_?.jsonl") for line in file.read_text().split("\n")
     ]
     return [json.loads(line) for line in lines if line]
 
@@ -69,6 +69,22 @@ def test_by_default_a_reward_that_fails_ends_the_run_with_a_sample_on_record(ran
     with pytest.raises(RewardError, match=f"{REWARDS}:fails_sometimes, on prompt"):
         records(rank_pool, folder, "stop", **FAULTY)
     assert failed(folder, "stop")
+
+
+def test_what_is_on_record_is_of_this_run_alone_and_once(rank_pool, folder):
+    """Of a step that is made again, and of a run that begins anew in the folder, as metrics.jsonl has it."""
+    kept_in = {"save": f"{folder}/again-checkpoints", "load": f"{folder}/again-checkpoints", "save_interval": 1}
+    flags = FAULTY | kept_in | {"hybrid_on_failed_reward": "zero"}
+    records(rank_pool, folder, "again", 2, **flags)
+    first, output = failed(folder, "again"), folder / "again" / "reward_output_0.log"
+    assert {1, 3} <= {sample["step"] for sample in first}, "or nothing would be made again"
+    printed = output.stat().st_size
+    records(rank_pool, folder, "again", 2, **flags, ckpt_step=2)
+    assert failed(folder, "again") == first
+    assert output.stat().st_size > printed
+    records(rank_pool, folder, "again", 2, **flags | {"load": None})
+    assert failed(folder, "again") == first
+    assert output.stat().st_size == printed
 
 
 NOTHING = {"hybrid_reward": f"{REWARDS}:always_fails", "hybrid_on_failed_reward": "drop"}

@@ -187,6 +187,20 @@ def test_some_in_a_row_end_every_rank_with_one_report(rank_pool, folder):
     assert [step["training/skipped_steps"] for step in steps(folder, "ended")] == [1, 0, 1, 1]
 
 
+def test_those_before_a_restart_count(rank_pool, folder):
+    """Else a run that diverges would go on for ever under a launcher that starts it again every few steps."""
+    kept_in = {name: f"{folder}/restarted-checkpoints" for name in ("save", "load")}
+    flags = with_teacher(folder, "restarted", train_iters=6, hybrid_nonfinite_steps=3, save_interval=100, **kept_in)
+    pool = rank_pool(2, init=False)
+    got = pool.run(watched_run, str(folder), flags | {"exit_interval": 3}, Poison(1, float("nan"), [2, 3]))
+    assert [text for _, text in got] == ["", ""]
+    (_, text), (_, other) = pool.run(watched_run, str(folder), flags, Poison(1, float("nan"), [4]))
+    assert text == other
+    assert "not finite in 3 steps in a row" in text and "those after step 1." in text
+    for step in (2, 3, 4):
+        assert f"step {step}, gradient norm nan, in {POISONED}; reward 0 to " in text
+
+
 def test_without_the_guard_megatrons_own_check_ends_the_run(rank_pool, folder):
     flags = with_teacher(folder, "unguarded", train_iters=2, hybrid_nonfinite_steps=0, rerun_mode="disabled")
     with pytest.raises(RuntimeError, match="found NaN in local grad norm for bucket #0"):

@@ -217,6 +217,29 @@ def test_a_fresh_run_in_a_used_folder_compares_with_its_own_beginning(tmp_path: 
     assert len(lines(tmp_path, "metrics.dropped.jsonl")) == 3
 
 
+@pytest.mark.parametrize(("start_step", "kept"), [(0, []), (2, [1, 2])])
+def test_what_other_ranks_have_left_is_moved_aside_too(tmp_path: Path, start_step: int, kept: list[int]):
+    """Records as those of metrics.jsonl; what rewards have printed, of which nobody knows the step, by a fresh run."""
+    for replica in (0, 11):
+        journal.append(tmp_path / f"failed_samples_{replica}.jsonl", *({"step": step} for step in (1, 2, 3)))
+    (tmp_path / "reward_output_5.log").write_text("of an earlier run")
+    for _ in range(2):  # what lies aside stays there
+        RunReport(tmp_path, total_steps=9, start_step=start_step, console=False)
+    for replica in (0, 11):
+        assert [record["step"] for record in lines(tmp_path, f"failed_samples_{replica}.jsonl")] == kept
+        aside = lines(tmp_path, f"failed_samples_{replica}.dropped.jsonl")
+        assert [record["step"] for record in aside] == [step for step in (1, 2, 3) if step not in kept]
+    output = "reward_output_5.log" if start_step else "reward_output_5.dropped.log"
+    assert [file.name for file in tmp_path.glob("reward_output_*")] == [output]
+
+
+def test_what_cannot_be_moved_aside_is_no_reason_not_to_start(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "failed_samples_0.jsonl").write_text("{}\n" * 2)
+    RunReport(tmp_path, total_steps=9, console=False)
+    assert "failed_samples_0.jsonl cannot be written (DataError: line 1 of" in caplog.text
+    assert "what an earlier start left stays in it" in caplog.text
+
+
 def test_a_resumed_run_compares_with_its_real_beginning(tmp_path: Path):
     crashed_run(tmp_path)
     run = RunReport(tmp_path, total_steps=10, start_step=3, console=False)
