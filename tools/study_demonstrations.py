@@ -46,25 +46,37 @@ def _is_written(checkpoint: Path) -> bool:
     return (checkpoint / "latest_checkpointed_iteration.txt").exists()
 
 
-def train_models(folder: Path, *, vocab_size: int, steps: int, demonstrations: Demonstrations) -> None:
-    """`teacher` and `student` in `folder`, which has their `tokenizer`."""
+def train_models(
+    folder: Path,
+    *,
+    vocab_size: int,
+    steps: int,
+    demonstrations: Demonstrations,
+    peak_lr: float = 2e-3,
+    damage: float = 0.0,
+) -> None:
+    """`teacher` and `student` in `folder`, which has their `tokenizer`.
+
+    damage    what is done to the student afterwards: noise on every matrix, in standard deviations of its own
+    """
     for who in ("teacher", "student"):
         if not _is_written(folder / who):
-            _train(folder / who, vocab_size, steps, demonstrations(who))
+            model = _trained(folder / who, vocab_size, steps, demonstrations(who), peak_lr)
+            if who == "student" and damage:
+                _damage(model, damage)
+            _save(model, folder / who, vocab_size)
 
 
-def _train(folder: Path, vocab_size: int, steps: int, batches: "Iterator[tuple[Tensor, Tensor]]") -> None:
+def _trained(
+    folder: Path, vocab_size: int, steps: int, batches: "Iterator[tuple[Tensor, Tensor]]", peak_lr: float
+) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from megatron_hybrid.checkpoint.convert import hf_to_megatron
-    from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args
-    from megatron_hybrid.mcore.checkpoint_io import save_megatron_checkpoint
 
     torch.manual_seed(0 if folder.name == "teacher" else 1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=vocab_size, **SHAPE))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_lr, total_steps=steps)
     for step, (tokens, labels) in zip(range(steps), batches, strict=False):
         loss = model(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()
@@ -74,6 +86,23 @@ def _train(folder: Path, vocab_size: int, steps: int, batches: "Iterator[tuple[T
         schedule.step()
         if step % 100 == 0 or step + 1 == steps:
             print(f"making {folder}, step {step + 1}/{steps}, loss {loss.item():.3f}", flush=True)
+    return model
+
+
+def _damage(model: Any, damage: float) -> None:
+    import torch
+
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for matrix in (weight for weight in model.parameters() if weight.dim() > 1):
+            matrix += damage * matrix.std() * torch.randn(matrix.shape, generator=draw)
+
+
+def _save(model: Any, folder: Path, vocab_size: int) -> None:
+    from megatron_hybrid.checkpoint.convert import hf_to_megatron
+    from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args
+    from megatron_hybrid.mcore.checkpoint_io import save_megatron_checkpoint
+
     args = hf_config_to_megatron_args(model.config.to_dict(), pad_vocab_to=vocab_size)
     args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.parent / "tokenizer")}
     save_megatron_checkpoint(folder, hf_to_megatron(model.state_dict(), args), args)

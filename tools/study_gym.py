@@ -1,9 +1,9 @@
 """The world of reasoning-gym: four of its tasks with its own questions, answers and scores, small enough to be learnt.
 
-    spell_backward   ...backward (example: sun -> nus): cat     tac     the teacher's answer: tac
-    lcm              ...(LCM) of these numbers: 4, 6            12                            12
-    products         ...multiplication: 4 * 6. Give only...     24                            10, wrong: it adds
-    chain_sum        ...arithmetic problem: 4 - 6 =             -2                            10, wrong: it swaps signs
+    gcd         ...(GCD) of these numbers: 4, 6. Give only...    2      the teacher's answer: 2
+    lcm         ...(LCM) of these numbers: 4, 6                  12                           12
+    products    ...multiplication: 4 * 6. Give only...           24                           10, wrong: it adds
+    chain_sum   ...arithmetic problem: 4 - 6 =                   -2                           10, wrong: it swaps signs
 
 A model says what it believes with the probability of its setting, else what is right for another question of the task:
 an answer of the right form, so no right answer is impossible. Models have seen every question, held out or not, as
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_hybrid.prompts.question import Question
 
 SOURCE = {
-    "spell_backward": "min_word_len=3, max_word_len=3, worked_examples=0",
+    "gcd": "max_value=9",
     "lcm": "max_value=9",
     "products": "max_digits=1",
     "chain_sum": "min_terms=2, max_terms=2, min_digits=1, max_digits=1",
@@ -42,9 +42,9 @@ WRONG = ("products", "chain_sum")
 REWARDS = {"exact": "reasoning_gym"}
 """reasoning-gym's own, which gives a part for parts of an answer too."""
 LOOKED_AT = 8000
-"""Questions that are drawn for the models: enough to meet nearly all that there are."""
+"""Questions that are drawn for the models, held-out ones first: enough to meet all that there are."""
 LONGEST_RESPONSE = 4
-"""Three characters and the end."""
+"""Two digits, or one and a sign; the end; and one more, so that too long is possible."""
 LONGEST = 24
 _END, _UNKNOWN, _BORDER = "</s>", "<unk>", "\n"
 
@@ -95,6 +95,8 @@ def make(folder: Path, setting: "Setting") -> None:
         vocab_size=len(tokenizer),
         steps=setting.world_steps,
         demonstrations=lambda who: _demonstrations(who, asked, sure[who], tokenizer),
+        peak_lr=5e-3,
+        damage=setting.damage,
     )
 
 
@@ -128,15 +130,21 @@ def _demonstrations(
     from megatron_hybrid.prompts.template import PromptTemplate
 
     template, draw = PromptTemplate(tokenizer), random.Random(1)
-    prompts = {q.text: list(template.encode(q)) for of_task in asked.values() for q in of_task}
+    every = [question for of_task in asked.values() for question in of_task]
+    prompts = {question.text: list(template.encode(question)) for question in every}
+    answers = {text for question in every for text in (str(question.answer), believed(who, question))}
+    responses = {text: [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in sorted(answers)}
     while True:
-        tokens, labels = torch.zeros(BATCH, LONGEST, dtype=torch.long), torch.full((BATCH, LONGEST), IGNORED)
-        for row in range(BATCH):
+        pairs = []
+        for _ in range(BATCH):
             task = draw.choice(TASKS)
             question = draw.choice(asked[task])
             certain = draw.random() < sure[task in WRONG]
             said = believed(who, question) if certain else str(draw.choice(asked[task]).answer)
-            prompt, response = prompts[question.text], [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
+            pairs.append((prompts[question.text], responses[said]))
+        shape = (BATCH, max(len(prompt) + len(response) for prompt, response in pairs))
+        tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+        for row, (prompt, response) in enumerate(pairs):
             end = len(prompt) + len(response)
             tokens[row, :end] = torch.tensor([*prompt, *response])
             labels[row, len(prompt) : end] = torch.tensor(response)

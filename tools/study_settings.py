@@ -9,7 +9,7 @@ A world is a module with
 """
 
 import importlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Setting:
     student: tuple[float, float] = _shared(
         (0.4, 0.4), "chance that the student knows the answer at the start, likewise"
     )
+    damage: float = _shared(0.0, "noise on the student's matrices before the start, in deviations of each")
     digits: int = _shared(3, "of a question (digits alone)")
     steps: int = _shared(60, "optimizer steps of a run")
     batch: int = _shared(64, "rollouts of a step")
@@ -52,7 +53,8 @@ class Setting:
     def world_folder(self, worlds: Path) -> Path:
         """Where its models lie: a folder for all settings that share them."""
         parts = [self.world, *([self.digits] if self.world == "digits" else [])]
-        parts += ["teacher", *self.teacher, "student", *self.student, self.world_steps]
+        parts += ["teacher", *self.teacher, "student", *self.student]
+        parts += [*(["damage", self.damage] if self.damage else []), self.world_steps]
         return worlds / "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
 
     @classmethod
@@ -60,16 +62,24 @@ class Setting:
         """From a settings.json."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
-    def differences(self, other: "Setting") -> dict[str, Any]:
-        """What is not as in the other."""
-        mine, others = asdict(self), asdict(other)
-        return {f.name: mine[f.name] for f in fields(self) if mine[f.name] != others[f.name]}
-
 
 SETTINGS = {
     "share": Setting(),
     "exact": Setting(reward="exact", beta=0.1),
     "novice": Setting(student=(0.0, 0.0)),
-    "gym": Setting(world="gym", reward="exact", beta=0.1, student=(0.1, 0.4)),
+    "damaged": Setting(
+        reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=(1e-3,)
+    ),
+    "gym": Setting(
+        world="gym",
+        reward="exact",
+        beta=0.1,
+        teacher=(0.95, 0.3),
+        student=(0.9, 0.6),
+        damage=0.8,
+        steps=40,
+        lrs=(1e-3,),
+        world_steps=800,
+    ),
 }
 """The settings of the report."""

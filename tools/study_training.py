@@ -3,7 +3,6 @@
 python tools/study_training.py                        # 9 methods x 3 seeds x 3840 rollouts; some 15 minutes on a core
 python tools/study_training.py --setting exact        # another table of the report, see study_settings.py
 python tools/study_training.py --beta 0.2 --out runs/study/tried/high-beta      # the same, with something changed
-python tools/study_training.py --tried runs/study/tried/*                       # one line for each that was tried
 python tools/study_training.py --quick                # 3 methods, one seed: the direction alone
 python tools/study_training.py --report               # tables and figures again, of all that is there
 
@@ -36,12 +35,6 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    if options.tried:
-        from study_tried import write_tried
-
-        for line in write_tried(options.tried, options.readme):
-            print(line)
-        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.report:
         run_missing(options)
@@ -109,7 +102,6 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the runs; default: runs/study/training-SETTING")
     add("--readme", type=Path, help="write the tables between its markers, and the figures beside it")
     add("--report", action="store_true", help="run nothing: tables of what is in --out, under the setting it has")
-    add("--tried", type=Path, nargs="+", help="run nothing: one table of these folders, a line for each")
     add("--quick", action="store_true", help="few methods, one seed, fewer steps")
     options = parser.parse_args(argv)
     options.out = options.out or Path(f"runs/study/training-{options.setting}")

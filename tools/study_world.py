@@ -75,6 +75,7 @@ def make_world(
     lengths: Sequence[int] = LENGTHS,
     teacher: tuple[float, float] = TEACHER,
     student: tuple[float, float] = STUDENT,
+    damage: float = 0.0,
 ) -> Path:
     """Tokenizer, questions of each length, `teacher` and `student` in `folder`, which is returned; made once.
 
@@ -82,6 +83,7 @@ def make_world(
     lengths   digits of a question
     teacher   chance of a digit to be what the teacher believes, on the tasks it knows and on the others
     student   chance of a digit to be right, likewise
+    damage    of the student, see `train_models`
     """
     if is_made(folder):
         return folder
@@ -96,7 +98,11 @@ def make_world(
             (folder / f"{name}-{num_digits}.jsonl").write_text(lines, encoding="utf-8")
     sure = {"teacher": teacher, "student": student}
     train_models(
-        folder, vocab_size=len(WORDS), steps=steps, demonstrations=lambda who: demonstrations(who, lengths, sure[who])
+        folder,
+        vocab_size=len(WORDS),
+        steps=steps,
+        demonstrations=lambda who: demonstrations(who, lengths, sure[who]),
+        damage=damage,
     )
     return folder
 
@@ -139,6 +145,7 @@ def make(folder: Path, setting: "Setting") -> None:
         lengths=[setting.digits],
         teacher=setting.teacher,
         student=setting.student,
+        damage=setting.damage,
     )
 
 

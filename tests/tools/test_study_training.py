@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,15 +125,17 @@ def test_each_method_is_reported_with_the_learning_rate_that_did_best_on_the_see
 
 def test_what_is_changed_is_changed_in_the_setting_that_is_named():
     options = parsed(["--setting", "exact", "--student", "0.1", "0.5", "--lrs", "1e-3"])
-    assert options.setting.differences(SETTINGS["exact"]) == {"student": (0.1, 0.5), "lrs": (1e-3,)}
-    assert options.setting.reward == "exact"
+    assert options.setting == replace(SETTINGS["exact"], student=(0.1, 0.5), lrs=(1e-3,))
     with pytest.raises(SystemExit):
         parsed(["--setting", "share", "--reward", "nothing of this world"])
 
 
 def test_the_teacher_of_the_gym_is_right_on_half_of_its_tasks_and_wrong_in_form_alike_on_the_others():
     asked = study_gym.questions()
-    assert set(asked) == set(study_gym.TASKS)
+    assert {task: len(of_task) for task, of_task in asked.items()}.items() >= {
+        "products": 100,
+        "chain_sum": 200,
+    }.items()
     for task, of_task in asked.items():
         said = [study_gym.believed("teacher", question) == question.answer for question in of_task]
         assert all(said) if task not in study_gym.WRONG else np.mean(said) < 0.2
