@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # so that a checkout nee
 
 from study_settings import SETTINGS, WORLDS, Setting  # noqa: E402
 
-QUICK = {"steps": 40, "world_steps": 300}
 QUICK_METHODS = ["reward alone, RLOO", "distillation", "full hybrid"]
 
 
@@ -107,7 +106,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     options.out = options.out or Path(f"runs/study/training-{options.setting}")
     changed = {f.name: value for f in fields(Setting) if (value := getattr(options, f.name)) is not None}
     if options.quick:
-        changed = QUICK | changed
+        changed = {"steps": 40, "world_steps": SETTINGS[options.setting].world_steps // 2} | changed
         vars(options).update(seeds=[1], methods=QUICK_METHODS)
     changed = {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
     options.setting = replace(SETTINGS[options.setting], **changed)
