@@ -1,24 +1,26 @@
-"""Tables and figures of the study of training, from the runs' own metrics.jsonl; seeds as mean and deviation."""
+"""Tables and figures of the study of training, from the runs' own metrics.jsonl; seeds as mean and deviation.
+
+What they say of the goals: `study_goals.py`.
+"""
 
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from study_goals import goals, needed
 from study_markdown import between, markdown
 from study_runs import Method, methods
-from study_world import TASKS, WRONG
+from study_settings import Setting
 
-COLOURS = ("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2", "#000000")
+COLOURS = ("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2", "#7A3E9D", "#000000")
 OBJECTIVE = "objective"
-GAIN = 0.9
-"""Share of what the best baseline gains that is to be reached: its very end would be a matter of noise."""
-LEAST = 0.05
+TUNING_SEED = 0
+"""Of the runs that choose a learning rate and are not reported."""
 LAST = 3
 """Evaluations at the end of a run that its final numbers are means of."""
 
@@ -33,6 +35,13 @@ class Outcome:
     """[evaluations]: responses sampled before each."""
     values: dict[str, np.ndarray]
     """val/* name to [seeds, evaluations]; `OBJECTIVE` too: reward - beta KL of the response, -J."""
+    lr: float = 0.0
+    tried: dict[float, float] = field(default_factory=dict)
+    """Learning rates to the reward of the run that looked at them, mean of its evaluations."""
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.values["val/score"])
 
     def final(self, name: str) -> tuple[float, float]:
         """(mean, deviation over seeds) of the end."""
@@ -54,23 +63,55 @@ class Outcome:
                 found.append(float(self.rollouts[k - 1] + share * (self.rollouts[k] - self.rollouts[k - 1])))
         return found
 
+    def at(self, name: str, rollouts: Sequence[float]) -> list[float]:
+        """A number of each seed after so many rollouts, along lines; at its end where it has fewer."""
+        return [float(np.interp(x, self.rollouts, curve)) for x, curve in zip(rollouts, self.values[name], strict=True)]
 
-def load(out: Path, settings: dict[str, Any]) -> list[Outcome]:
-    """Methods with at least one finished run, in the order of `methods`."""
-    from study_training import run_folder
 
+def run_folder(out: Path, method: str, lr: float, seed: int) -> Path:
+    """Where a run lies."""
+    return out / method.replace(" ", "_").replace(",", "").replace("'", "") / f"lr-{lr:g}" / f"seed-{seed}"
+
+
+def is_done(run: Path) -> bool:
+    """A run writes its summary last."""
+    return (run / "summary.json").exists()
+
+
+def held_out(run: Path) -> dict[str, np.ndarray]:
+    """val/* name to [evaluations], and `steps`."""
     from megatron_hybrid.train.curves import load as load_curves
 
+    curves = load_curves(run / "metrics.jsonl").held_out
+    # Where a run ends at an evaluation's step, Megatron evaluates once more: the same numbers.
+    steps, once = np.unique(curves["val/score"][0], return_index=True)
+    return {"steps": steps} | {name: values[once] for name, (_, values) in curves.items()}
+
+
+def tried_rates(out: Path, method: str, setting: Setting) -> dict[float, float]:
+    """Learning rates to the mean reward of all evaluations but the first, on the seed that is not reported."""
+    runs = {lr: run_folder(out, method, lr, TUNING_SEED) for lr in setting.lrs}
+    return {lr: float(held_out(run)["val/score"][1:].mean()) for lr, run in runs.items() if is_done(run)}
+
+
+def chosen_rate(out: Path, method: str, setting: Setting) -> float:
+    """The learning rate with which a method is reported: the best of those tried, where there is a choice."""
+    tried = tried_rates(out, method, setting)
+    return max(tried, key=lambda lr: tried[lr]) if tried else setting.lrs[0]
+
+
+def load(out: Path, setting: Setting) -> list[Outcome]:
+    """Methods with at least one finished run, in the order of `methods`."""
     outcomes = []
-    for name, method in methods(settings["steps"], settings["beta"]).items():
-        folders = sorted(run_folder(out, name, 0).parent.glob("seed-*"))
-        runs = [load_curves(f / "metrics.jsonl").held_out for f in folders if (f / "summary.json").exists()]
+    for name, method in methods(setting).items():
+        lr = chosen_rate(out, name, setting)
+        folders = sorted(run_folder(out, name, lr, 0).parent.glob("seed-*"))
+        runs = [held_out(f) for f in folders if is_done(f) and f.name != f"seed-{TUNING_SEED}"]
         if runs:
-            # Where a run ends at an evaluation's step, Megatron evaluates once more: the same numbers.
-            steps, once = np.unique(runs[0]["val/score"][0], return_index=True)
-            values = {key: np.stack([run[key][1][once] for run in runs]) for key in runs[0]}
-            values[OBJECTIVE] = values["val/score"] - settings["beta"] * values["val/kl_per_response"]
-            outcomes.append(Outcome(name, method, steps * settings["batch"], values))
+            values = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
+            rollouts = values.pop("steps")[0] * setting.batch
+            values[OBJECTIVE] = values["val/score"] - setting.beta * values["val/kl_per_response"]
+            outcomes.append(Outcome(name, method, rollouts, values, lr, tried_rates(out, name, setting)))
     return outcomes
 
 
@@ -80,56 +121,56 @@ def shown(numbers: tuple[float, float]) -> str:
     return f"{mean:.3f}" if np.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
 
 
-def lines_of(outcomes: Sequence[Outcome], settings: dict[str, Any]) -> Iterator[str]:
+def lines_of(outcomes: Sequence[Outcome], setting: Setting) -> Iterator[str]:
     """The tables."""
-    seeds = [len(outcome.values["val/score"]) for outcome in outcomes]
+    world, seeds = setting.module, [outcome.num_seeds for outcome in outcomes]
+    sure, known = ([f"{chance:.0%}" for chance in pair] for pair in (setting.teacher, setting.student))
+    rates = ", ".join(f"{lr:g}" for lr in setting.lrs)
+    (r_right, kl_right), (r_wrong, kl_wrong) = (world.optimum(setting, knows=knows) for knows in (True, False))
     yield (
-        f"Reward: {settings['reward']}, beta {settings['beta']:g}; student knows {settings['knows']:.0%} of the digits "
-        f"at the start; {settings['steps']} steps of {settings['batch']} rollouts, learning rate {settings['lr']:g}, "
-        f"{max(seeds)} seeds ({min(seeds)} at least); means of the last {LAST} evaluations ± deviation over seeds. "
+        f"Reward: {setting.reward}, beta {setting.beta:g}"
+        + (f", {setting.digits} digits" if setting.world == "digits" else "")
+        + f"; on the tasks that the teacher knows, and on the others, it says what it believes with {sure[0]} and "
+        f"{sure[1]}, and the student knows {known[0]} and {known[1]} at the start; {setting.steps} steps of "
+        f"{setting.batch} rollouts, learning rate {rates}"
+        + (f" (each method's best on seed {TUNING_SEED})" if len(setting.lrs) > 1 else "")
+        + f", {max(seeds)} seeds ({min(seeds)} at least); means of the last {LAST} evaluations ± deviation over seeds. "
         f"Machine: {platform.processor() or platform.machine()}, Python {platform.python_version()}."
     )
     yield ""
+    yield (
+        f"Optimum of reward - beta KL in closed form, p ~ q exp(r / beta): reward {r_right:.2f} at {kl_right:.2f} nats "
+        f"on the teacher's tasks, {r_wrong:.2f} at {kl_wrong:.2f} nats on the others; both together "
+        f"{(r_right + r_wrong) / 2:.2f} at {(kl_right + kl_wrong) / 2:.2f}."
+    )
+    yield ""
     yield from markdown(
-        ["held-out", "reward", *(f"{task}{' (teacher wrong)' if task in WRONG else ''}" for task in TASKS)]
+        ["held-out", "reward", *(f"{task}{' (teacher wrong)' if task in world.WRONG else ''}" for task in world.TASKS)]
         + ["KL, nats/response", "reward - beta KL", "entropy, nats/token"],
         [
-            [o.name, *(shown(o.final(f"val/score{task}")) for task in ("", *(f"/{t}" for t in TASKS)))]
+            [o.name, *(shown(o.final(f"val/score{task}")) for task in ("", *(f"/{t}" for t in world.TASKS)))]
             + [shown(o.final(name)) for name in ("val/kl_per_response", OBJECTIVE, "val/entropy")]
             for o in outcomes
         ],
     )
-    if any(outcome.method.baseline for outcome in outcomes):
-        yield from needed(outcomes)
+    if len(setting.lrs) > 1:
+        yield from markdown(
+            [f"mean reward of seed {TUNING_SEED} by learning rate", *(f"{lr:g}" for lr in setting.lrs)],
+            [[o.name, *(_rate(o, lr) for lr in setting.lrs)] for o in outcomes],
+        )
+    yield from needed(outcomes)
+    yield from goals(outcomes)
 
 
-def needed(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Rollouts until most of the best baseline's gain is there, of reward and of the objective."""
-    columns: list[list[str]] = []
-    for name, what in (("val/score", "reward"), (OBJECTIVE, "reward - beta KL")):
-        best = max((o for o in outcomes if o.method.baseline), key=lambda o: o.final(name)[0])
-        start = float(best.values[name][:, 0].mean())
-        if best.final(name)[0] - start < LEAST:
-            yield f"No baseline gains {LEAST} in {what}: rollouts to reach it would count noise."
-            yield ""
-            continue
-        target = start + GAIN * (best.final(name)[0] - start)
-        unit = float(np.mean(best.reaches(name, target)))
-        cells = []
-        for o in outcomes:
-            reached = np.array(o.reaches(name, target))
-            count = int(np.isfinite(reached).sum())
-            mean = float(reached.mean()) if count == len(reached) else float("inf")
-            share = f" ({mean / unit:.2f} x)" if np.isfinite(mean) and np.isfinite(unit) and unit else ""
-            cells.append(f"{mean:.0f}{share}" if np.isfinite(mean) else f"{count} of {len(reached)} seeds reach it")
-        columns.append([f"rollouts to {what} {target:.3f}, {GAIN:.0%} of the gain of `{best.name}`", *cells])
-    if columns:
-        headers, *rows = zip(*columns, strict=True)
-        yield from markdown(["", *headers], [[o.name, *row] for o, row in zip(outcomes, rows, strict=True)])
+def _rate(outcome: Outcome, lr: float) -> str:
+    if lr not in outcome.tried:
+        return ""
+    return f"{outcome.tried[lr]:.3f}" + (", chosen" if lr == outcome.lr else "")
 
 
-def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+def draw(outcomes: Sequence[Outcome], setting: Setting, path: Path) -> None:
     """Reward and KL along rollouts, the frontier, and the end by task."""
+    world = setting.module
     figure = Figure(figsize=(14.4, 8.4), layout="constrained")
     axes: list[Axes] = list(figure.subplots(2, 2).flat)
     reward, kl, frontier, tasks = axes
@@ -142,14 +183,15 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         x, y = (o.values[name].mean(axis=0) for name in ("val/kl_per_response", "val/score"))
         frontier.plot(x, y, color=colour, linewidth=0.8, marker=".", markersize=4)
         frontier.plot(x[-1:], y[-1:], color=colour, marker="o")
-        heights = [o.final(f"val/score/{task}")[0] for task in TASKS]
-        at = np.arange(len(TASKS)) + (place - (len(outcomes) - 1) / 2) * width
+        heights = [o.final(f"val/score/{task}")[0] for task in world.TASKS]
+        at = np.arange(len(world.TASKS)) + (place - (len(outcomes) - 1) / 2) * width
         tasks.bar(at, heights, 0.95 * width, color=colour)
     reward.set(xlabel="rollouts", ylabel="held-out reward", title="reward (band: deviation over seeds)")
     kl.set(xlabel="rollouts", ylabel="held-out KL to the teacher, nats/response", title="KL")
     frontier.set(xlabel="KL, nats/response", ylabel="held-out reward", title="frontier (dot: the end)")
     tasks.set(ylabel="held-out reward", title="by task")
-    tasks.set_xticks(range(len(TASKS)), [f"{t}\n(teacher wrong)" if t in WRONG else t for t in TASKS])
+    labels = [f"{task}\n(teacher wrong)" if task in world.WRONG else task for task in world.TASKS]
+    tasks.set_xticks(range(len(labels)), labels)
     reward.legend(fontsize=7)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -158,20 +200,21 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
 def write_report(out: Path, readme: Path | None) -> list[str]:
     """Writes results.json and a figure into `out`, and both into the README's folder; returns the tables' lines."""
-    settings = json.loads((out / "settings.json").read_text())
-    outcomes = load(out, settings)
+    setting = Setting.read(json.loads((out / "settings.json").read_text()))
+    outcomes = load(out, setting)
     if not outcomes:
         return [f"study_training: {out} holds no finished run yet"]
-    names = ("val/score", OBJECTIVE, "val/kl_per_response", "val/entropy", *(f"val/score/{task}" for task in TASKS))
+    tasks = (f"val/score/{task}" for task in setting.module.TASKS)
+    names = ("val/score", OBJECTIVE, "val/kl_per_response", "val/entropy", *tasks)
     records = [
-        {"method": o.name, "seeds": len(o.values["val/score"]), "rollouts": int(o.rollouts[-1])}
+        {"method": o.name, "lr": o.lr, "seeds": o.num_seeds, "rollouts": int(o.rollouts[-1])}
         | {name: o.final(name) for name in names}
         for o in outcomes
     ]
     (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    lines = [*lines_of(outcomes, settings), f"![{out.name}]({out.name}.png)"]
     picture = f"{out.name}.png"
-    draw(outcomes, out / picture)
+    lines = [*lines_of(outcomes, setting), f"![{out.name}]({picture})"]
+    draw(outcomes, setting, out / picture)
     if readme is not None:
         between(readme, out.name, lines)
         (readme.parent / picture).write_bytes((out / picture).read_bytes())

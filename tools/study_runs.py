@@ -1,8 +1,8 @@
 """The runs of the study of training: which methods, with which flags, on the real trainer, one after another.
 
-    small world (study_world.py) + flags of a method + seed ─► pretrain_hybrid on one rank ─► runs' own metrics.jsonl
+    world of a setting (study_settings.py) + flags of a method + seed ─► pretrain_hybrid on one rank ─► metrics.jsonl
 
-Every run has the same student, teacher, questions, rollouts, learning rate and evaluations; a seed draws questions and
+Every run of a setting has the same student, teacher, questions, rollouts and evaluations; a seed draws questions and
 responses. Methods that are no setting of the product put others' credit (study_estimators.py) in the place of its own;
 everything else of those runs is the product's. Collectives: those of a job of one rank.
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-DIGITS = 3
-REWARDS = {"share": "share_right", "exact": "all_right"}
-"""Of places that are right; or of all of them at once."""
-EVALUATED = 128
-"""Held-out responses of an evaluation."""
+from study_settings import Setting
+
+GRPO, FULL = "GRPO, k3 in the loss", "full hybrid"
+FIRST_BETA = 10
+"""Where beta falls, it falls from this many times itself."""
+EVALUATIONS, EVALUATED = 10, 128
+"""Of a run; held-out responses of each."""
 
 
 @dataclass(frozen=True)
@@ -30,59 +32,62 @@ class Method:
     flags: str
     others: str = ""
     """A kind of `study_estimators.Others` in the place of the product's credit."""
-    baseline: bool = True
-    """What ours is to beat, and not ours."""
+    pure: bool = True
+    """Reward and teacher are not mixed in closed form: reinforcement, a KL penalty with it, or imitation alone."""
+    ours: bool = False
+    """The closed-form future cost, which is this product's."""
 
 
-def methods(steps: int, beta: float) -> dict[str, Method]:
+def methods(setting: Setting) -> dict[str, Method]:
     """By name; lambda is 1, and schedules turn over half of the run."""
-    both = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {beta}"
-    half = steps // 2
+    both = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {setting.beta}"
+    half = setting.steps // 2
+    beta_falls = f"--hybrid-imitation-weight-schedule linear:{FIRST_BETA * setting.beta:g}:{half}"
     first_imitate = (
         f"--hybrid-reward-weight-schedule linear:0:{half} --hybrid-imitation-weight-schedule linear:1:{half}"
     )
     return {
         "reward alone, RLOO": Method("--hybrid-reward-weight 1 --hybrid-imitation-weight 0 --hybrid-baseline rloo"),
-        "GRPO, k3 in the loss": Method(f"{both} --hybrid-baseline grpo", others="k3_loss"),
+        GRPO: Method(f"{both} --hybrid-baseline grpo", others="k3_loss"),
         "KL in the reward, RLOO": Method(f"{both} --hybrid-baseline rloo", others="kl_in_reward"),
         "distillation": Method("--hybrid-reward-weight 0 --hybrid-imitation-weight 1 --hybrid-discount 0"),
-        "paper's hybrid": Method(f"{both} --hybrid-future-cost sampled --hybrid-cost-baseline none"),
-        "one-step hybrid": Method(f"{both} --hybrid-discount 0", baseline=False),
-        "full hybrid": Method(both, baseline=False),
-        "full hybrid, imitation first": Method(f"{both} {first_imitate}", baseline=False),
+        "paper's hybrid": Method(f"{both} --hybrid-future-cost sampled --hybrid-cost-baseline none", pure=False),
+        "one-step hybrid": Method(f"{both} --hybrid-discount 0", pure=False),
+        FULL: Method(both, pure=False, ours=True),
+        "full hybrid, beta falls": Method(f"{both} {beta_falls}", pure=False, ours=True),
+        "full hybrid, imitation first": Method(f"{both} {first_imitate}", pure=False, ours=True),
     }
 
 
-def flags_of(world: Path, method: Method, folder: Path, *, seed: int, about: dict[str, Any]) -> list[str]:
-    """The whole command line of a run; `about` is the settings that all runs share."""
+def flags_of(world: Path, method: Method, folder: Path, *, seed: int, lr: float, setting: Setting) -> list[str]:
+    """The whole command line of a run."""
     from megatron_hybrid.checkpoint.hf_config import megatron_flags
     from megatron_hybrid.mcore.checkpoint_io import load_megatron_args
 
     common = """
         --load {world}/student --finetune --tokenizer-type HuggingFaceTokenizer --tokenizer-model {world}/tokenizer
-        --hybrid --hybrid-teacher-load {world}/teacher --hybrid-reward study_world:{reward}
-        --hybrid-prompts {world}/prompts-{digits}.jsonl --hybrid-eval-prompts {world}/held_out-{digits}.jsonl
-        --hybrid-group-size 4 --hybrid-max-response-length {longest} --hybrid-run-dir {folder}
+        --hybrid --hybrid-teacher-load {world}/teacher --hybrid-group-size 4 --hybrid-run-dir {folder}
         --hybrid-gradient-norms-interval 1000 --hybrid-samples-interval 1000
-        --seq-length 16 --micro-batch-size {batch} --global-batch-size {batch} --train-iters {steps} --seed {seed}
+        --micro-batch-size {batch} --global-batch-size {batch} --train-iters {steps} --seed {seed}
         --lr {lr} --min-lr {lr} --weight-decay 0 --clip-grad 1 --log-interval 1000
         --eval-interval {interval} --eval-iters {evaluations}
         --ckpt-format torch_dist --distributed-backend gloo --transformer-impl local --num-workers 0
         --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion
         --no-rope-fusion
     """
-    values = about | {
+    values = {
         "world": world,
         "folder": folder,
         "seed": seed,
-        "reward": REWARDS[about["reward"]],
-        "digits": DIGITS,
-        "longest": DIGITS + 1,
-        "interval": max(1, about["steps"] // 10),
-        "evaluations": max(1, EVALUATED // about["batch"]),
+        "lr": lr,
+        "batch": setting.batch,
+        "steps": setting.steps,
+        "interval": max(1, setting.steps // EVALUATIONS),
+        "evaluations": max(1, EVALUATED // setting.batch),
     }
     words = [word.format(**values) for word in common.split()]  # split first: a path may have spaces
-    return [*megatron_flags(load_megatron_args(world / "student")), *words, *method.flags.split()]
+    of_model = megatron_flags(load_megatron_args(world / "student"))
+    return [*of_model, *words, *setting.module.flags(world, setting), *method.flags.split()]
 
 
 def train(argv: list[str], others: str, log: str) -> None:

@@ -1,14 +1,15 @@
 """What methods make of the same rollouts: reward by task, KL to the teacher, entropy, and rollouts to reach a reward.
 
-python tools/study_training.py                        # 8 methods x 3 seeds x 3840 rollouts; some 10 minutes on a core
-python tools/study_training.py --reward exact --beta 0.1
-python tools/study_training.py --knows 0 --world runs/study/world-novice --out runs/study/training-novice
+python tools/study_training.py                        # 9 methods x 3 seeds x 3840 rollouts; some 15 minutes on a core
+python tools/study_training.py --setting exact        # another table of the report, see study_settings.py
+python tools/study_training.py --beta 0.2 --out runs/study/tried/high-beta      # the same, with something changed
 python tools/study_training.py --quick                # 3 methods, one seed: the direction alone
 python tools/study_training.py --report               # tables and figures again, of all that is there
 
-The small world of `study_world.py`: a mixture of four tasks, a teacher that is right on two of them, a student that
-half knows all; the methods are in `study_runs.py`. Runs are the real trainer's, one after another. A finished run is in
---out and is not repeated; other settings need another folder.
+A mixture of four tasks, a teacher that is right on two of them, a student that knows some of all: digits
+(`study_world.py`), or tasks of reasoning-gym (`study_gym.py`). Methods are in `study_runs.py`, goals in
+`study_goals.py`. Runs are the real trainer's, one after another. A finished run is in --out and is not repeated; other
+settings need another folder.
 """
 
 import argparse
@@ -16,23 +17,20 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SHARED = ("reward", "beta", "steps", "batch", "lr", "world_steps", "knows")
-"""What all runs of a study have in common."""
-QUICK = {
-    "steps": 40,
-    "seeds": [1],
-    "methods": ["reward alone, RLOO", "distillation", "full hybrid"],
-    "world_steps": 300,
-}
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # so that a checkout needs no installation
+
+from study_settings import SETTINGS, WORLDS, Setting  # noqa: E402
+
+QUICK_METHODS = ["reward alone, RLOO", "distillation", "full hybrid"]
 
 
 def main() -> int:
     """Runs what is missing, then writes tables and figures."""
     options = parsed()
-    sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
@@ -47,70 +45,76 @@ def main() -> int:
 
 
 def run_missing(options: argparse.Namespace) -> None:
-    """Every run that is not finished, seeds in turn, so that methods compare also half-way."""
-    from study_runs import DIGITS, flags_of, methods, train
-    from study_world import make_world
+    """Every run that is not finished: first those that choose learning rates, then seeds in turn, methods in turn."""
+    from study_outcome import TUNING_SEED, chosen_rate, is_done, run_folder
+    from study_runs import flags_of, methods, train
 
     from megatron_hybrid.runtime.spawn import RankPool
 
-    about = {name: getattr(options, name) for name in SHARED}
-    settings = options.out / "settings.json"
-    if settings.exists() and json.loads(settings.read_text()) != about:
-        raise SystemExit(
-            f"study_training: {options.out} holds runs of other settings ({settings}). Give another --out."
-        )
-    settings.write_text(json.dumps(about) + "\n", encoding="utf-8")
-    known = methods(options.steps, options.beta)
-    wanted = [(name, seed) for seed in options.seeds for name in options.methods or known]
-    missing = [
-        (name, seed) for name, seed in wanted if not (run_folder(options.out, name, seed) / "summary.json").exists()
-    ]
-    if not missing:
-        return
-    world = make_world(options.world, steps=options.world_steps, lengths=[DIGITS], knows=options.knows)
-    started = time.monotonic()
+    setting: Setting = options.setting
+    record = options.out / "settings.json"
+    if record.exists() and Setting.read(json.loads(record.read_text())) != setting:
+        raise SystemExit(f"study_training: {options.out} holds runs of other settings ({record}). Give another --out.")
+    record.write_text(json.dumps(asdict(setting)) + "\n", encoding="utf-8")
+    known = methods(setting)
+    names = options.methods or list(known)
+    looked_at = [(name, lr, TUNING_SEED) for lr in setting.lrs for name in names] if len(setting.lrs) > 1 else []
+    reported = [(name, None, seed) for seed in options.seeds for name in names]
+
+    def folder_of(name: str, lr: float | None, seed: int) -> tuple[Path, float]:
+        rate = chosen_rate(options.out, name, setting) if lr is None else lr
+        return run_folder(options.out, name, rate, seed), rate
+
+    world = setting.world_folder(options.worlds)
+    started, done = time.monotonic(), 0
     with RankPool(1, init=False, timeout_s=options.timeout) as pool:
-        for done, (name, seed) in enumerate(missing):
-            folder = run_folder(options.out, name, seed)
+        for place, (name, lr, seed) in enumerate(runs := [*looked_at, *reported]):
+            folder, rate = folder_of(name, lr, seed)
+            if is_done(folder):
+                continue
+            setting.module.make(world, setting)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was cut off: it starts anew
-            argv = flags_of(world, known[name], folder, seed=seed, about=about)
+            argv = flags_of(world, known[name], folder, seed=seed, lr=rate, setting=setting)
             pool.run(train, argv, known[name].others, str(folder / "train.log"))
-            each = (time.monotonic() - started) / (done + 1)
-            left = time.strftime("%H:%M:%S", time.gmtime(each * (len(missing) - done - 1)))
-            said = f"run {done + 1}/{len(missing)}  {name}, seed {seed}  {each:.0f} s each  left {left}"
+            done += 1
+            each = (time.monotonic() - started) / done
+            left = time.strftime("%H:%M:%S", time.gmtime(each * (len(runs) - place - 1)))
+            said = f"run {place + 1}/{len(runs)}  {name}, {rate:g}, seed {seed}  {each:.0f} s each  left {left}"
             print(said, file=sys.stderr, flush=True)
 
 
-def run_folder(out: Path, method: str, seed: int) -> Path:
-    """Where a run lies: a folder for each method, in it one for each seed."""
-    return out / method.replace(" ", "_").replace(",", "").replace("'", "") / f"seed-{seed}"
-
-
 def parsed(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, `--quick` filled in."""
+    """The options; `setting` is the whole one, with what was changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--reward", choices=("share", "exact"), default="share", help="places that are right, or all of them at once")
-    add("--beta", type=float, default=0.05, help="weight of the KL, of all methods that have one; lambda is 1")
-    add("--knows", type=float, default=0.4, help="chance that the student knows a digit at the start")
+    add("--setting", choices=SETTINGS, default="share", help="a table of the report; the following change parts of it")
+    for f in fields(Setting):
+        several, kind = {"teacher": (2, float), "student": (2, float), "lrs": ("+", float)}.get(f.name, (None, None))
+        kind = kind or type(f.default)
+        add(f"--{f.name.replace('_', '-')}", type=kind, nargs=several, help=f.metadata["help"])
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    add("--steps", type=int, default=60, help="optimizer steps of a run")
-    add("--batch", type=int, default=64, help="rollouts of a step")
-    add("--lr", type=float, default=5e-4, help="the same for all")
     add("--methods", nargs="+", help="names in study_runs.py; default: all")
-    add("--world", type=Path, default=Path("runs/study/world-3"), help="folder of the small world, made once")
-    add("--world-steps", type=int, default=600, help="training steps of each of its models")
+    add("--worlds", type=Path, default=Path("runs/study/worlds"), help="folder of the worlds, each made once")
     add("--threads", type=int, default=1, help="threads of torch")
     add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
-    add("--out", type=Path, help="folder of the runs; default: runs/study/training-REWARD")
+    add("--out", type=Path, help="folder of the runs; default: runs/study/training-SETTING")
     add("--readme", type=Path, help="write the tables between its markers, and the figures beside it")
-    add("--report", action="store_true", help="run nothing")
+    add("--report", action="store_true", help="run nothing: tables of what is in --out, under the setting it has")
     add("--quick", action="store_true", help="few methods, one seed, fewer steps")
     options = parser.parse_args(argv)
-    options.out = options.out or Path(f"runs/study/training-{options.reward}")
+    options.out = options.out or Path(f"runs/study/training-{options.setting}")
+    changed = {f.name: value for f in fields(Setting) if (value := getattr(options, f.name)) is not None}
     if options.quick:
-        vars(options).update(QUICK, world=options.out / "quick world")
+        changed = {"steps": 40, "world_steps": SETTINGS[options.setting].world_steps // 2} | changed
+        vars(options).update(seeds=[1], methods=QUICK_METHODS)
+    changed = {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
+    options.setting = replace(SETTINGS[options.setting], **changed)
+    if options.setting.world not in WORLDS or options.setting.reward not in options.setting.module.REWARDS:
+        parser.error(
+            f"no world {options.setting.world!r} with reward {options.setting.reward!r}: worlds are "
+            f"{', '.join(WORLDS)}, and each module has its REWARDS."
+        )
     return options
 
 

@@ -1,52 +1,41 @@
-"""The small world of the studies: four tasks on digits, a teacher that is right on two, a student that half knows all.
+"""The world of digits: four tasks, a teacher that is right on two, a student that knows some of each.
 
     copy 3 1 2 ?      3 1 2 </s>      the teacher's answer: 3 1 2
     sort 3 1 2 ?      1 2 3 </s>                            1 2 3
     reverse 3 1 2 ?   2 1 3 </s>                            3 1 2, wrong: it copies
     next 3 1 2 ?      4 2 3 </s>                            3 1 2, wrong: it copies
 
-Each digit of the teacher is what it believes with probability `SURE`, else any: so imitation alone cannot win, and no
-right answer is impossible. The student starts right in `HALF` of the digits. The reward is the share of places that are
-right. A question has 2 to 16 digits, so a response 3 to 17 tokens.
+Each digit of the teacher is what it believes with probability `TEACHER`, else any: so imitation alone cannot win, and
+no right answer is impossible. Each digit of the student is right with probability `STUDENT`, else any. Both have one
+number for the tasks that the teacher knows and one for the others. The reward is the share of places that are right,
+or 1 for all of them. A question has 2 to 16 digits, so a response 3 to 17 tokens, and the tokenizer 13 words.
 
-Both models are Llama-shaped, trained here by cross-entropy on demonstrations (transformers, AdamW), then written as
-Megatron checkpoints with a tokenizer of 13 words: some two minutes on a core, once for a folder. Used as a module by
-the trainer too: its rewards are `study_world:share_right` and `all_right`.
+Used as a module by the trainer too: its rewards are `study_world:share_right` and `all_right`.
 """
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from study_demonstrations import BATCH, IGNORED, is_made, train_models
+
 if TYPE_CHECKING:
+    from study_settings import Setting
     from torch import Tensor
 
 TASKS = ("copy", "sort", "reverse", "next")
 WRONG = ("reverse", "next")
 """What the teacher does not know."""
+REWARDS = {"share": "share_right", "exact": "all_right"}
+"""Of places that are right; or of all of them at once."""
 DIGITS = "012345"
 WORDS = ["</s>", "<unk>", "?", *TASKS, *DIGITS]
 LENGTHS = (2, 3, 4, 8, 16)
-SURE, HALF = 0.7, 0.4
-STEPS, BATCH = 1500, 128
-
-SHAPE: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": len(WORDS),
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "eos_token_id": 0,
-}
+TEACHER, STUDENT = (0.7, 0.7), (0.4, 0.4)
+STEPS = 1500
 
 
 def right(task: str, digits: list[str]) -> list[str]:
@@ -79,14 +68,24 @@ def questions(num_digits: int, count: int, seed: int) -> list[dict[str, Any]]:
     return list(asked.values())
 
 
-def make_world(folder: Path, *, steps: int = STEPS, lengths: Sequence[int] = LENGTHS, knows: float = HALF) -> Path:
+def make_world(
+    folder: Path,
+    *,
+    steps: int = STEPS,
+    lengths: Sequence[int] = LENGTHS,
+    teacher: tuple[float, float] = TEACHER,
+    student: tuple[float, float] = STUDENT,
+    damage: float = 0.0,
+) -> Path:
     """Tokenizer, questions of each length, `teacher` and `student` in `folder`, which is returned; made once.
 
-    steps    training steps of each model
-    lengths  digits of a question
-    knows    chance that the student knows a digit; else it says any
+    steps     training steps of each model
+    lengths   digits of a question
+    teacher   chance of a digit to be what the teacher believes, on the tasks it knows and on the others
+    student   chance of a digit to be right, likewise
+    damage    of the student, see `train_models`
     """
-    if (folder / "student" / "latest_checkpointed_iteration.txt").exists():
+    if is_made(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     _make_tokenizer(folder / "tokenizer")
@@ -97,8 +96,14 @@ def make_world(folder: Path, *, steps: int = STEPS, lengths: Sequence[int] = LEN
         for name, part in (("held_out", every[:held_out]), ("prompts", every[held_out:])):
             lines = "".join(json.dumps(question) + "\n" for question in part)
             (folder / f"{name}-{num_digits}.jsonl").write_text(lines, encoding="utf-8")
-    for name in ("teacher", "student"):  # the student last: it says that all is there
-        _train(folder / name, name, steps, demonstrations(name, lengths, knows))
+    sure = {"teacher": teacher, "student": student}
+    train_models(
+        folder,
+        vocab_size=len(WORDS),
+        steps=steps,
+        demonstrations=lambda who: demonstrations(who, lengths, sure[who]),
+        damage=damage,
+    )
     return folder
 
 
@@ -113,8 +118,8 @@ def _make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def demonstrations(who: str, lengths: Sequence[int], knows: float) -> "Iterator[tuple[Tensor, Tensor]]":
-    """Endless batches of (tokens [b, s], labels [b, s]), labels -100 but on the response; one length in a batch."""
+def demonstrations(who: str, lengths: Sequence[int], sure: tuple[float, float]) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Endless batches of (tokens [b, s], labels [b, s]), one length in a batch."""
     import torch
 
     draw = random.Random(1)
@@ -123,36 +128,55 @@ def demonstrations(who: str, lengths: Sequence[int], knows: float) -> "Iterator[
         for _ in range(BATCH):
             task, digits = draw.choice(TASKS), draw.choices(DIGITS, k=num_digits)
             believed = digits if who == "teacher" and task in WRONG else right(task, digits)
-            certain = SURE if who == "teacher" else knows
+            certain = sure[task in WRONG]
             said = [d if draw.random() < certain else draw.choice(DIGITS) for d in believed]
             rows.append([WORDS.index(word) for word in (task, *digits, "?", *said, "</s>")])
         tokens = torch.tensor(rows)
         labels = tokens.clone()
-        labels[:, : num_digits + 2] = -100  # the task, its digits and the question mark
+        labels[:, : num_digits + 2] = IGNORED  # the task, its digits and the question mark
         yield tokens, labels
 
 
-def _train(folder: Path, who: str, steps: int, batches: "Iterator[tuple[Tensor, Tensor]]") -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def make(folder: Path, setting: "Setting") -> None:
+    """The world of a setting of the study of training."""
+    make_world(
+        folder,
+        steps=setting.world_steps,
+        lengths=[setting.digits],
+        teacher=setting.teacher,
+        student=setting.student,
+        damage=setting.damage,
+    )
 
-    from megatron_hybrid.checkpoint.convert import hf_to_megatron
-    from megatron_hybrid.checkpoint.hf_config import hf_config_to_megatron_args
-    from megatron_hybrid.mcore.checkpoint_io import save_megatron_checkpoint
 
-    torch.manual_seed(0 if who == "teacher" else 1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    for step, (tokens, labels) in zip(range(steps), batches, strict=False):
-        loss = model(input_ids=tokens, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step + 1 == steps:
-            print(f"making the small world: {who}, step {step + 1}/{steps}, loss {loss.item():.3f}", flush=True)
-    args = hf_config_to_megatron_args(model.config.to_dict(), pad_vocab_to=len(WORDS))
-    args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.parent / "tokenizer")}
-    save_megatron_checkpoint(folder, hf_to_megatron(model.state_dict(), args), args)
+def flags(folder: Path, setting: "Setting") -> list[str]:
+    """What a run asks, how long responses get, and what they earn."""
+    return [
+        *("--hybrid-prompts", f"{folder}/prompts-{setting.digits}.jsonl"),
+        *("--hybrid-eval-prompts", f"{folder}/held_out-{setting.digits}.jsonl"),
+        *("--hybrid-reward", f"study_world:{REWARDS[setting.reward]}"),
+        *("--hybrid-max-response-length", str(setting.digits + 1)),
+        *("--seq-length", str(max(16, 2 * setting.digits + 3))),
+    ]
+
+
+def optimum(setting: "Setting", *, knows: bool) -> tuple[float, float]:
+    """(reward, KL in nats per response) of p ~ q exp(r / beta), on tasks that the teacher knows or on the others.
+
+    q is the teacher as it is taught; a digit that it believes and that is right by chance, as in 1 2 1 reversed, is not
+    counted.
+    """
+    sure = setting.teacher[not knows]
+    by_chance = (1 - sure) / len(DIGITS)
+    right_digit = sure + by_chance if knows else by_chance
+    if setting.reward == "exact":
+        return tilted(right_digit**setting.digits, 1 / setting.beta)
+    reward, kl = tilted(right_digit, 1 / (setting.digits * setting.beta))
+    return reward, setting.digits * kl
+
+
+def tilted(chance: float, gain: float) -> tuple[float, float]:
+    """(chance, KL to what it was) of an event whose odds are raised by exp(gain)."""
+    log_total = float(gain + math.log(chance + (1 - chance) * math.exp(-gain)))
+    raised = chance * math.exp(gain - log_total)
+    return raised, raised * gain - log_total
