@@ -20,10 +20,6 @@
 #include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 constexpr int64_t CHUNK = 2048;  // columns, read twice: 16 KB of fp32 from both shards, half of a first-level cache
@@ -98,17 +94,6 @@ struct Place {
   int64_t own, width;  // column of the target, which may lie elsewhere; columns below the vocabulary's end
 };
 
-// Asks for large pages of memory that is about to be written: mapping a new gradient by pages of 4 KB takes longer than
-// computing it. Where they are refused, or are what every process gets, nothing changes.
-void ask_for_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t size = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + size - 1) / size * size;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / size * size;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // As GCC's code calls OpenMP, and every OpenMP can be called: task(data) on so many threads, this one among them.
 using Parallel = void (*)(void (*task)(void*), void* data, unsigned num_threads, unsigned flags);
 
@@ -163,8 +148,6 @@ struct Rows {
   template <typename OfRow>
   void write(int64_t threads, OfRow of_row) const {
     const int64_t bytes = student->bytes;
-    if (num_rows > 0 && out->data != student->data)
-      ask_for_large_pages(out->data, (num_rows - 1) * out->stride + columns * bytes);
     share_rows(num_rows, threads, [this, bytes, of_row](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         const int64_t i = position ? position[row] : row, written = i < 0 ? 0 : width;
