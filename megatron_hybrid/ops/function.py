@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.collectives import gather_ranks, sum_over_ranks
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.ops import large_pages
 from megatron_hybrid.ops.call import Call, Shard, rows_of
 from megatron_hybrid.ops.divergence import Mixture
 from megatron_hybrid.records import TokenStats
@@ -216,7 +217,7 @@ def begin_backward(ctx: Any, *, inplace: bool) -> tuple[Tensor, tuple[Any, ...]]
     logits = saved[0]
     # detach shares the version counter, so another reader of overwritten logits gets autograd's error, not garbage.
     # Not empty_like: it would keep strides that no view flattens.
-    return logits.detach() if inplace else logits.new_empty(logits.shape), saved
+    return logits.detach() if inplace else large_pages.empty(logits.shape, logits.dtype, logits.device), saved
 
 
 @dataclass(frozen=True)

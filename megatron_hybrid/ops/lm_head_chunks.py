@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hybrid.collectives import gather_ranks
+from megatron_hybrid.ops import large_pages
 from megatron_hybrid.ops.call import Call
 from megatron_hybrid.ops.eager import row_blocks
 from megatron_hybrid.parallel import Group, GroupView
@@ -45,12 +46,12 @@ class Head:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """(z [r, v/tp], what the softcap was applied to or None), both new and in the weight's dtype."""
-        raw = torch.mm(hidden, weight.t())
+        raw = product(hidden, weight)
         if self.scale != 1:
             raw.mul_(self.scale)
         if self.softcap is None:
             return raw, None
-        z = torch.empty_like(raw)
+        z = large_pages.empty(raw.shape, raw.dtype, raw.device)
         for start, stop in row_blocks(len(raw), raw.shape[1], raw):  # fp32 inside: one rounding in place of three
             z[start:stop] = torch.div(raw[start:stop].float(), self.softcap).tanh_().mul_(self.softcap)
         return z, raw
@@ -63,6 +64,12 @@ class Head:
         assert self.softcap is not None
         for start, stop in row_blocks(len(raw), raw.shape[1], raw):
             gradient[start:stop].mul_(torch.div(raw[start:stop].float(), self.softcap).cosh_().pow_(-2))
+
+
+def product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """h W^T [r, v/tp], new."""
+    out = large_pages.empty((len(hidden), len(weight)), hidden.dtype, hidden.device)
+    return torch.mm(hidden, weight.t(), out=out)
 
 
 class Chunk(NamedTuple):
@@ -155,6 +162,8 @@ class Gradients:
         self._reductions.clear()
 
 
+_PRODUCT_ELEMENTS = 1 << 21
+"""Of a block of dW on a CPU, 4 MB in bf16: AMX takes a quarter longer for one of a few hundred rows."""
 _SUMS_IN_FP32 = ("cuda",)
 """Kinds of device whose products of bf16 or fp16 numbers can end in fp32; tests rehearse them with fake tensors."""
 
@@ -177,9 +186,12 @@ def add_product(total: Tensor, gradient: Tensor, hidden: Tensor, *, begin: bool)
         else:
             torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
     else:
-        for start, stop in row_blocks(len(total), total.shape[1], total):
-            product, part = torch.mm(transposed[start:stop], hidden), total[start:stop]
-            part.copy_(product) if begin else part.add_(product)
+        rows = max(1, _PRODUCT_ELEMENTS // total.shape[1])
+        for part, columns in zip(total.split(rows), transposed.split(rows), strict=True):
+            rounded = torch.mm(columns, hidden)
+            for start, stop in row_blocks(len(part), part.shape[1], part):  # torch makes an fp32 copy to add it
+                some = rounded[start:stop]
+                part[start:stop].copy_(some) if begin else part[start:stop].add_(some)
 
 
 @dataclass
@@ -202,7 +214,7 @@ class WeightTotal:
     @classmethod
     def new(cls, weight: Tensor) -> "WeightTotal":
         """A sum of its own."""
-        return cls(torch.empty(weight.shape, dtype=torch.float32, device=weight.device), begun=False)
+        return cls(large_pages.empty(weight.shape, torch.float32, weight.device), begun=False)
 
 
 def main_grad_of(weight: Tensor) -> Tensor | None:
@@ -222,7 +234,7 @@ def weight_gradient(weight: Any, total: Tensor, factor: Tensor | None = None) ->
     """
     main_grad = main_grad_of(weight)
     if main_grad is None:
-        return (total if factor is None else total * factor).to(weight.dtype)
+        return _rounded(total, factor, weight.dtype)
     if factor is not None:
         main_grad.addcmul_(total, factor)
     elif main_grad is not total:
@@ -231,3 +243,14 @@ def weight_gradient(weight: Any, total: Tensor, factor: Tensor | None = None) ->
         return None
     weight.grad_added_to_main_grad = True
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def _rounded(total: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """total (times factor) in another type, in blocks: no second fp32 tensor of its size."""
+    if factor is None and dtype == total.dtype:
+        return total
+    out = large_pages.empty(total.shape, dtype, total.device)
+    for start, stop in row_blocks(len(total), total.shape[1], total):
+        part = total[start:stop]
+        out[start:stop] = part if factor is None else part * factor
+    return out

@@ -31,6 +31,7 @@ from megatron_hybrid.ops.lm_head_chunks import (
     Head,
     WeightTotal,
     chunks_of,
+    product,
     weight_gradient,
 )
 from megatron_hybrid.records import TokenStats
@@ -86,7 +87,7 @@ class Heads(NamedTuple):
         student, raw = self.plan.head.logits(self.hidden[chunk.rows], self.weight)
         teacher = None
         if self.teacher_hidden is not None and self.teacher_weight is not None:
-            teacher = torch.mm(self.teacher_hidden[chunk.rows], self.teacher_weight.t())
+            teacher = product(self.teacher_hidden[chunk.rows], self.teacher_weight)
         elif self.plan.teacher_logits is not None:
             teacher = self.plan.teacher_logits(chunk.rows)
             if teacher.shape != student.shape or teacher.device != student.device:

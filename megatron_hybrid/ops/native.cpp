@@ -13,45 +13,60 @@ namespace {
 
 constexpr int NUM_STATS = 8, NUM_COEFFICIENTS = 6;
 
+struct Maxima {
+  float z, w;
+};
+
 // One row's statistics so far, A about the origin and without the student's scale.
 template <typename T, bool TEACHER>
 struct Row {
-  float m_z = LOWEST, m_w = LOWEST;
+  const Scales scales;
+  Maxima m{LOWEST, LOWEST};
   double s_z = 0, s_w = 0, a = 0, b = 0;
 
-  void add(const T* z, const T* w, int64_t count, const Scales& scales) {
-    raise(z, w, count, scales);
-    const auto [student_scale, teacher_scale, ratio, floor] = scales;
-    const float m_z = this->m_z, m_w = this->m_w;
-    const auto [c_z, c_w] = Origin(m_z, m_w, ratio);
-    const float to_z = student_scale * LOG2_E, to_w = teacher_scale * LOG2_E;
-    float sum_z = 0, sum_w = 0, sum_a = 0, sum_b = 0;
-#pragma omp simd reduction(+ : sum_z, sum_w, sum_a, sum_b)
-    for (int64_t j = 0; j < count; j++) {
-      const float z_j = z[j], t = bounded((z_j - m_z) * to_z), e = power_of_two(t);
-      sum_z += e;
-      sum_b += e * t;  // e is 0 where t is not the true one
-      if constexpr (TEACHER) {
-        const float w_j = w[j] < floor ? floor : static_cast<float>(w[j]);
-        sum_w += power_of_two(bounded((w_j - m_w) * to_w));
-        sum_a += e == 0 ? 0 : e * ((z_j - c_z) - (w_j - c_w) * ratio);
-      }
-    }
-    s_z += sum_z, s_w += sum_w, a += sum_a, b += sum_b * LOG_2;
-  }
+  explicit Row(const Scales& scales) : scales(scales) {}
 
-  // The maxima with these columns; what is summed already moves to the new ones.
-  void raise(const T* z, const T* w, int64_t count, const Scales& scales) {
-    float top_z = m_z, top_w = m_w;
+  // Of these columns and all before them.
+  Maxima maxima(const T* z, const T* w, int64_t count) const {
+    float top_z = m.z, top_w = m.w;
 #pragma omp simd reduction(max : top_z, top_w)
     for (int64_t j = 0; j < count; j++) {
       top_z = z[j] > top_z ? static_cast<float>(z[j]) : top_z;
       if constexpr (TEACHER) top_w = w[j] > top_w ? static_cast<float>(w[j]) : top_w;
     }
-    if (TEACHER && top_w < scales.floor) top_w = scales.floor;
-    if (top_z == m_z && top_w == m_w) return;
-    const Origin before(m_z, m_w, scales.ratio), after(top_z, top_w, scales.ratio);
-    const float down = (m_z - top_z) * scales.student, factor = exponential(down);
+    return {top_z, top_w};
+  }
+
+  // Sums columns whose maxima are known; returns those of as many others, which memory brings meanwhile.
+  Maxima add(const T* z, const T* w, const T* next_z, const T* next_w, int64_t count) {
+    const auto [student_scale, teacher_scale, ratio, floor] = scales;
+    const auto [m_z, m_w] = m;
+    const auto [c_z, c_w] = Origin(m_z, m_w, ratio);
+    const float to_z = student_scale * LOG2_E, to_w = teacher_scale * LOG2_E;
+    float sum_z = 0, sum_w = 0, sum_a = 0, sum_b = 0, top_z = m_z, top_w = m_w;
+#pragma omp simd reduction(+ : sum_z, sum_w, sum_a, sum_b) reduction(max : top_z, top_w)
+    for (int64_t j = 0; j < count; j++) {
+      const float z_j = z[j], t = bounded((z_j - m_z) * to_z), e = power_of_two(t);
+      sum_z += e;
+      sum_b += e * t;  // e is 0 where t is not the true one
+      top_z = next_z[j] > top_z ? static_cast<float>(next_z[j]) : top_z;
+      if constexpr (TEACHER) {
+        const float w_j = w[j] < floor ? floor : static_cast<float>(w[j]);
+        sum_w += power_of_two(bounded((w_j - m_w) * to_w));
+        sum_a += e == 0 ? 0 : e * ((z_j - c_z) - (w_j - c_w) * ratio);
+        top_w = next_w[j] > top_w ? static_cast<float>(next_w[j]) : top_w;
+      }
+    }
+    s_z += sum_z, s_w += sum_w, a += sum_a, b += sum_b * LOG_2;
+    return {top_z, top_w};
+  }
+
+  // What is summed already moves to new maxima.
+  void raise(Maxima top) {
+    if (TEACHER && top.w < scales.floor) top.w = scales.floor;
+    if (top.z == m.z && top.w == m.w) return;
+    const Origin before(m.z, m.w, scales.ratio), after(top.z, top.w, scales.ratio);
+    const float down = (m.z - top.z) * scales.student, factor = exponential(down);
     if (factor == 0 || s_z == 0) {  // mass that underflows adds nothing, even where its moment is infinite
       s_z = a = b = 0;
     } else {
@@ -59,27 +74,32 @@ struct Row {
       b = factor * (b + down * s_z);
       s_z *= factor;
     }
-    s_w *= exponential((m_w - top_w) * scales.teacher);
-    m_z = top_z, m_w = top_w;
+    s_w *= exponential((m.w - top.w) * scales.teacher);
+    m = top;
   }
 };
 
 template <typename T, bool TEACHER>
 void stats_of_row(const Place& row, const Scales& scales, float* out) {
   const T *z = static_cast<const T*>(row.student), *w = static_cast<const T*>(row.teacher);
-  Row<T, TEACHER> sums;
-  for (int64_t start = 0; start < row.width; start += CHUNK)
-    sums.add(z + start, TEACHER ? w + start : nullptr, std::min(CHUNK, row.width - start), scales);
+  Row<T, TEACHER> sums(scales);
+  Maxima top = sums.maxima(z, w, std::min(CHUNK, row.width));
+  for (int64_t start = 0; start < row.width; start += CHUNK) {
+    const int64_t count = std::min(CHUNK, row.width - start);
+    const int64_t next = std::min(start + CHUNK, row.width - count);  // not behind the row's end: maxima may repeat
+    sums.raise(top);
+    top = sums.add(z + start, TEACHER ? w + start : nullptr, z + next, TEACHER ? w + next : nullptr, count);
+  }
   const bool here = row.own >= 0 && row.own < row.width;
   // A maximum ignores NaN, the sums do not.
-  out[0] = std::isnan(sums.s_z) ? float(sums.s_z) : sums.m_z;
+  out[0] = std::isnan(sums.s_z) ? float(sums.s_z) : sums.m.z;
   out[1] = sums.s_z;
   out[5] = sums.b;
   out[6] = here ? float(z[row.own]) : 0;
   out[2] = out[3] = out[4] = out[7] = 0;
   if constexpr (TEACHER) {
-    const double rest = Origin(sums.m_z, sums.m_w, scales.ratio).difference(sums.m_z, sums.m_w, scales.ratio);
-    out[2] = std::isnan(sums.s_w) ? float(sums.s_w) : sums.m_w;
+    const double rest = Origin(sums.m.z, sums.m.w, scales.ratio).difference(sums.m.z, sums.m.w, scales.ratio);
+    out[2] = std::isnan(sums.s_w) ? float(sums.s_w) : sums.m.w;
     out[3] = sums.s_w;
     out[4] = sums.s_z == 0 ? 0 : (sums.a - rest * sums.s_z) * scales.student;
     out[7] = here ? std::max(float(w[row.own]), scales.floor) : 0;

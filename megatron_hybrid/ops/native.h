@@ -8,7 +8,10 @@
 
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,10 +19,6 @@
 #include <system_error>
 #include <thread>
 #include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -95,31 +94,37 @@ struct Place {
   int64_t own, width;  // column of the target, which may lie elsewhere; columns below the vocabulary's end
 };
 
-// Asks for large pages of memory that is about to be written: mapping a new gradient by pages of 4 KB takes longer than
-// computing it. Where they are refused, or are what every process gets, nothing changes.
-void ask_for_large_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t size = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + size - 1) / size * size;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / size * size;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
+// As GCC's code calls OpenMP, and every OpenMP can be called: task(data) on so many threads, this one among them.
+using Parallel = void (*)(void (*task)(void*), void* data, unsigned num_threads, unsigned flags);
 
-// body(first, last) on each of `threads` shares of n rows. Threads of its own: whichever OpenMP torch has loaded, a
-// second one would keep a second set of threads spinning beside it.
+// body(first, last) on shares of n rows, which `threads` threads take in turn: those of the OpenMP that torch has loaded.
+// They stay awake for milliseconds after torch's own operators, and threads of ours would share the cores with them: next
+// to a product the passes took half as long again. More than one share for each, as another process may slow one down.
 template <typename Body>
-void share_rows(int64_t n, int64_t threads, Body body) {
-  std::vector<std::thread> others;
+void share_rows(int64_t n, int64_t threads, const Body& body) {
+  constexpr int64_t shares = 8;
+  struct Work {
+    const Body& body;
+    int64_t n, step;
+    std::atomic<int64_t> next{0};
+
+    static void take(void* data) {
+      Work& work = *static_cast<Work*>(data);
+      for (int64_t begin; (begin = work.next.fetch_add(work.step)) < work.n;)
+        work.body(begin, std::min(begin + work.step, work.n));
+    }
+  };
+  if (threads == 1) return body(0, n);
+  Work work{body, n, std::max<int64_t>(1, n / (threads * shares))};
+  static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (parallel) return parallel(Work::take, &work, threads, 0);
+  std::vector<std::thread> others;  // a torch without OpenMP
   others.reserve(threads);
-  int64_t given = n / threads;  // to others or, where the system starts no more of them, to this one
   try {
-    for (int64_t t = 1; t < threads; t++, given = n * t / threads)
-      others.emplace_back(body, given, n * (t + 1) / threads);
-  } catch (const std::system_error&) {
-    body(given, n);
+    while (--threads > 0) others.emplace_back(Work::take, &work);
+  } catch (const std::system_error&) {  // the system starts no more of them: those there are take all shares
   }
-  body(0, n / threads);
+  Work::take(&work);
   for (auto& other : others) other.join();
 }
 
@@ -143,8 +148,6 @@ struct Rows {
   template <typename OfRow>
   void write(int64_t threads, OfRow of_row) const {
     const int64_t bytes = student->bytes;
-    if (num_rows > 0 && out->data != student->data)
-      ask_for_large_pages(out->data, (num_rows - 1) * out->stride + columns * bytes);
     share_rows(num_rows, threads, [this, bytes, of_row](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         const int64_t i = position ? position[row] : row, written = i < 0 ? 0 : width;
