@@ -164,8 +164,8 @@ def test_the_threads_are_those_that_torch_has_already(monkeypatch: pytest.Monkey
     torch.set_num_threads(2)
     try:
         torch.zeros(1 << 20).exp_()  # now torch has them
-        before, now = {}, run_ns()
-        while now != before:  # they wait for more awake, then they sleep
+        before, now, tries = {}, run_ns(), 0
+        while now != before and (tries := tries + 1) < 100:  # they wait for more awake, then they sleep
             time.sleep(0.1)
             before, now = now, run_ns()
         native.shard_stats(student, teacher, call_of(student, teacher, target))
