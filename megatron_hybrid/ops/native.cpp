@@ -17,6 +17,16 @@ struct Maxima {
   float z, w;
 };
 
+// top where x is NaN.
+inline float larger(float x, float top) { return x > top ? x : top; }
+
+// What a column adds to s_z, s_w, A and B.
+struct Terms {
+  float s_z, s_w, a, b;
+
+  void operator+=(const Terms& other) { s_z += other.s_z, s_w += other.s_w, a += other.a, b += other.b; }
+};
+
 // One row's statistics so far, A about the origin and without the student's scale.
 template <typename T, bool TEACHER>
 struct Row {
@@ -31,33 +41,52 @@ struct Row {
     float top_z = m.z, top_w = m.w;
 #pragma omp simd reduction(max : top_z, top_w)
     for (int64_t j = 0; j < count; j++) {
-      top_z = z[j] > top_z ? static_cast<float>(z[j]) : top_z;
-      if constexpr (TEACHER) top_w = w[j] > top_w ? static_cast<float>(w[j]) : top_w;
+      top_z = larger(z[j], top_z);
+      if constexpr (TEACHER) top_w = larger(w[j], top_w);
     }
     return {top_z, top_w};
   }
 
   // Sums columns whose maxima are known; returns those of as many others, which memory brings meanwhile.
   Maxima add(const T* z, const T* w, const T* next_z, const T* next_w, int64_t count) {
-    const auto [student_scale, teacher_scale, ratio, floor] = scales;
-    const auto [m_z, m_w] = m;
-    const auto [c_z, c_w] = Origin(m_z, m_w, ratio);
-    const float to_z = student_scale * LOG2_E, to_w = teacher_scale * LOG2_E;
+    const float m_z = m.z, m_w = m.w, ratio = scales.ratio, floor = scales.floor;
+    const float to_z = scales.student * LOG2_E, to_w = scales.teacher * LOG2_E;
+    const Origin origin(m_z, m_w, ratio);
+    const auto of = [=](float z, float w) {
+      const float t = bounded((z - m_z) * to_z), e = power_of_two(t);
+      Terms terms{e, 0, 0, e * t};  // e is 0 where t is not the true one
+      if constexpr (TEACHER) {
+        w = w < floor ? floor : w;
+        terms.s_w = power_of_two(bounded((w - m_w) * to_w));
+        terms.a = e == 0 ? 0 : e * ((z - origin.c_z) - (w - origin.c_w) * ratio);
+      }
+      return terms;
+    };
     float sum_z = 0, sum_w = 0, sum_a = 0, sum_b = 0, top_z = m_z, top_w = m_w;
 #pragma omp simd reduction(+ : sum_z, sum_w, sum_a, sum_b) reduction(max : top_z, top_w)
-    for (int64_t j = 0; j < count; j++) {
-      const float z_j = z[j], t = bounded((z_j - m_z) * to_z), e = power_of_two(t);
-      sum_z += e;
-      sum_b += e * t;  // e is 0 where t is not the true one
-      top_z = next_z[j] > top_z ? static_cast<float>(next_z[j]) : top_z;
-      if constexpr (TEACHER) {
-        const float w_j = w[j] < floor ? floor : static_cast<float>(w[j]);
-        sum_w += power_of_two(bounded((w_j - m_w) * to_w));
-        sum_a += e == 0 ? 0 : e * ((z_j - c_z) - (w_j - c_w) * ratio);
-        top_w = next_w[j] > top_w ? static_cast<float>(next_w[j]) : top_w;
+    for (int64_t j = 0; j < count / LANES<T>; j++) {
+      const int64_t i = j * LANES<T>;
+      const auto z_j = Word<T>::at(z + i), w_j = TEACHER ? Word<T>::at(w + i) : Word<T>();
+      const auto next_z_j = Word<T>::at(next_z + i), next_w_j = TEACHER ? Word<T>::at(next_w + i) : Word<T>();
+      Terms terms = of(z_j.low(), w_j.low());
+      top_z = larger(next_z_j.low(), top_z);
+      if constexpr (TEACHER) top_w = larger(next_w_j.low(), top_w);
+      if constexpr (LANES<T> == 2) {
+        terms += of(z_j.high(), w_j.high());
+        top_z = larger(next_z_j.high(), top_z);
+        if constexpr (TEACHER) top_w = larger(next_w_j.high(), top_w);
       }
+      sum_z += terms.s_z, sum_b += terms.b;
+      if constexpr (TEACHER) sum_w += terms.s_w, sum_a += terms.a;
     }
-    s_z += sum_z, s_w += sum_w, a += sum_a, b += sum_b * LOG_2;
+    Terms sums{sum_z, sum_w, sum_a, sum_b};
+    if (count % LANES<T>) {
+      const int64_t last = count - 1;
+      sums += of(z[last], TEACHER ? float(w[last]) : 0);
+      top_z = larger(next_z[last], top_z);
+      if constexpr (TEACHER) top_w = larger(next_w[last], top_w);
+    }
+    s_z += sums.s_z, s_w += sums.s_w, a += sums.a, b += sums.b * LOG_2;
     return {top_z, top_w};
   }
 
@@ -112,28 +141,38 @@ void gradient_of_row(const Place& row, const Scales& scales, const float* coeffi
   T* out = static_cast<T*>(to);
   const float m_z = coefficients[0], m_w = coefficients[1], k = coefficients[2];
   const float a = coefficients[3], b = coefficients[4], c = coefficients[5];
-  const auto [scale, teacher_scale, ratio, floor] = scales;
+  const float scale = scales.student, ratio = scales.ratio, floor = scales.floor;
   const Origin origin(m_z, m_w, ratio);
-  const auto [c_z, c_w] = origin;
   const float base = origin.difference(m_z, m_w, ratio) * scale + k, to_z = scale * LOG2_E;
   const auto at = [=](float z, float w) {
     float slope = b;
     if constexpr (TEACHER) {
       w = w < floor ? floor : w;
-      float d = z - c_z;
+      float d = z - origin.c_z;
       d = d < -FAR ? -FAR : d;  // -inf less -inf would be NaN
-      d = (d - (w - c_w) * ratio) * scale;
+      d = (d - (w - origin.c_w) * ratio) * scale;
       d = d < -FAR ? -FAR : d;
       d = d > FAR ? FAR : d;
       slope += a * (d - base);
     }
     return power_of_two(bounded((z - m_z) * to_z)) * slope;
   };
+  const int64_t words = row.width / LANES<T>, last = row.width - 1;
   const bool here = row.own >= 0 && row.own < row.width;
   // First, because the row may be overwritten: c off before the single rounding.
   const float at_target = here ? at(student[row.own], TEACHER ? float(teacher[row.own]) : 0) - c : 0;
+  const auto write = [at](const T* student, const T* teacher, T* out) {
+    const auto z = Word<T>::at(student), w = TEACHER ? Word<T>::at(teacher) : Word<T>();
+    if constexpr (LANES<T> == 1) {
+      *out = at(z.low(), w.low());
+    } else {
+      const uint32_t both = rounded(at(z.low(), w.low())) >> 16 | (rounded(at(z.high(), w.high())) & HIGH);
+      std::memcpy(out, &both, 4);
+    }
+  };
 #pragma omp simd
-  for (int64_t j = 0; j < row.width; j++) out[j] = at(student[j], TEACHER ? float(teacher[j]) : 0);
+  for (int64_t j = 0; j < words; j++) write(student + j * LANES<T>, teacher + j * LANES<T>, out + j * LANES<T>);
+  if (row.width % LANES<T>) out[last] = at(student[last], TEACHER ? float(teacher[last]) : 0);
   if (here) out[row.own] = at_target;
 }
 

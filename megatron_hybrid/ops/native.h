@@ -1,9 +1,9 @@
 // What the passes over fp32 and bf16 logits on a CPU share: types, exp, origins, rows over threads. See `native.py`.
 //
 // A thread takes rows, and sums a row in chunks that stay in the first-level cache between two reads. The loops are plain
-// C++ that compilers turn into vectors of any width: no intrinsics, no headers of torch, built in about a second. Sums
-// are fp32 within a chunk and float64 across; gradients are rounded once, into the logits' type. Comparisons are
-// written so that a NaN passes through.
+// C++ that compilers turn into vectors of any width: no intrinsics, no headers of torch, built in some seconds. Sums are
+// fp32 within a chunk and float64 across; gradients are rounded once, into the logits' type. Comparisons are written so
+// that a NaN passes through.
 // Not here: shapes, strides other than those of rows, other types.
 
 #pragma once
@@ -16,9 +16,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace {
 
@@ -26,22 +23,45 @@ constexpr int64_t CHUNK = 2048;  // columns, read twice: 16 KB of fp32 from both
 constexpr float LOWEST = std::numeric_limits<float>::lowest(), FAR = 1e20f;  // as in `eager.py`, as the next two
 constexpr float STEPS = 1024, MOST_SHIFT = 1 << 20;
 
+inline float number_of(uint32_t bits) {
+  float number;
+  std::memcpy(&number, &bits, 4);
+  return number;
+}
+
+constexpr uint32_t HIGH = 0xffff0000;
+
+// The bits of a number whose upper half is the nearest bf16, of two the even one.
+inline uint32_t rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return value != value ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);  // a NaN must not become an infinity
+}
+
 struct BFloat16 {
   uint16_t bits;
 
-  void operator=(float value) {  // not a constructor: compilers make no vectors of copies of a struct
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    const uint32_t rounded = wide + 0x7fff + ((wide >> 16) & 1);         // to nearest, ties to even
-    bits = value != value ? 0x7fc0 : static_cast<uint16_t>(rounded >> 16);  // a NaN must not become an infinity
+  void operator=(float value) { bits = rounded(value) >> 16; }  // no constructor: compilers copy no structs by vectors
+
+  operator float() const { return number_of(static_cast<uint32_t>(bits) << 16); }
+};
+
+// What the loops of the reverse KL take at once: a column of fp32, or two of bf16, halves that need no shuffles.
+template <typename T>
+constexpr int64_t LANES = 4 / sizeof(T);
+
+template <typename T>
+struct Word {
+  uint32_t bits = 0;
+
+  static Word at(const T* columns) {
+    Word word;
+    std::memcpy(&word.bits, columns, 4);
+    return word;
   }
 
-  operator float() const {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
+  float low() const { return number_of(LANES<T> == 1 ? bits : bits << 16); }
+  float high() const { return number_of(bits & HIGH); }  // of bf16
 };
 
 // 2^t for t in [LEAST_POWER, 0], within 2e-7; exactly 1 at 0 and exactly 0 from -126.5 down.
@@ -94,12 +114,12 @@ struct Place {
   int64_t own, width;  // column of the target, which may lie elsewhere; columns below the vocabulary's end
 };
 
-// As GCC's code calls OpenMP, and every OpenMP can be called: task(data) on so many threads, this one among them.
+// How GCC's programs call OpenMP, which others offer as well: task(data) on so many threads, this one among them.
 using Parallel = void (*)(void (*task)(void*), void* data, unsigned num_threads, unsigned flags);
 
-// body(first, last) on shares of n rows, which `threads` threads take in turn: those of the OpenMP that torch has loaded.
-// They stay awake for milliseconds after torch's own operators, and threads of ours would share the cores with them: next
-// to a product the passes took half as long again. More than one share for each, as another process may slow one down.
+// body(first, last) on shares of n rows, which `threads` threads take in turn: more shares than threads, because another
+// process may slow one down. The threads are those of the OpenMP that torch has loaded (this one alone where it has none):
+// they stay awake for milliseconds after torch's own work, and threads of ours would share the cores with them.
 template <typename Body>
 void share_rows(int64_t n, int64_t threads, const Body& body) {
   constexpr int64_t shares = 8;
@@ -114,18 +134,10 @@ void share_rows(int64_t n, int64_t threads, const Body& body) {
         work.body(begin, std::min(begin + work.step, work.n));
     }
   };
-  if (threads == 1) return body(0, n);
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (threads == 1 || !parallel) return body(0, n);
   Work work{body, n, std::max<int64_t>(1, n / (threads * shares))};
-  static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  if (parallel) return parallel(Work::take, &work, threads, 0);
-  std::vector<std::thread> others;  // a torch without OpenMP
-  others.reserve(threads);
-  try {
-    while (--threads > 0) others.emplace_back(Work::take, &work);
-  } catch (const std::system_error&) {  // the system starts no more of them: those there are take all shares
-  }
-  Work::take(&work);
-  for (auto& other : others) other.join();
+  parallel(Work::take, &work, threads, 0);
 }
 
 // [rows, v/tp] of fp32 or, with `bytes` 2, of bf16; `stride` bytes from row to row. No data: no teacher.

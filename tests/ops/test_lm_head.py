@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.errors import ConfigError, ShapeError
+from megatron_hybrid.ops import eager, lm_head_chunks
 from megatron_hybrid.ops.api import HybridLoss, vocab_parallel_hybrid_loss
 from megatron_hybrid.ops.call import read_call
 from megatron_hybrid.ops.lm_head import linear_hybrid_loss
@@ -208,8 +209,13 @@ def test_what_is_frozen_gets_no_gradient(frozen: str, mode: str):
     assert_close(trained.grad, weight_grad if frozen == "hidden" else hidden_grad)
 
 
+@pytest.mark.parametrize("elements", [1 << 21, 77])
 @pytest.mark.parametrize("mode", MODES)
-def test_bf16_is_within_the_roundings_of_its_logits_and_products(mode: str):
+def test_bf16_is_within_the_roundings_of_its_logits_and_products(
+    monkeypatch: pytest.MonkeyPatch, mode: str, elements: int
+):
+    monkeypatch.setattr(lm_head_chunks, "_PRODUCT_ELEMENTS", elements)  # 77: some rows of dW, some of them at a time
+    monkeypatch.setitem(eager._BLOCK_ELEMENTS, "cpu", elements // 2)
     p = problem(n=64, dtype=torch.bfloat16)
     out, hidden_grad, weight_grad = run(p, chunk_size=16, **MODES[mode])
     assert hidden_grad.dtype == weight_grad.dtype == torch.bfloat16 and out.loss.dtype == torch.float32

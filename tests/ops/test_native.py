@@ -3,7 +3,10 @@
 import logging
 import re
 import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 import pytest
@@ -147,6 +150,28 @@ def test_threads_change_no_bit(threads: int, inplace: bool, monkeypatch: pytest.
     out = vocab_parallel_hybrid_loss(logits, teacher, target, inplace=inplace, **options)
     (grad,) = torch.autograd.grad(out.loss.sum(), logits)
     assert torch.equal(grad, expected) and all(torch.equal(a, b) for a, b in zip(out, alone, strict=True))
+
+
+def test_the_threads_are_those_that_torch_has_already(monkeypatch: pytest.MonkeyPatch):
+    def run_ns() -> dict[str, str]:
+        """How long every other thread of this process has run."""
+        others = {task.name: task for task in Path("/proc/self/task").iterdir() if task.name != str(get_native_id())}
+        return {name: (task / "schedstat").read_text().split()[0] for name, task in others.items()}
+
+    student, teacher, target, _ = problem(n=4, v=500)
+    monkeypatch.setattr(native, "_ELEMENTS_PER_THREAD", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.zeros(1 << 20).exp_()  # now torch has them
+        before, now, tries = {}, run_ns(), 0
+        while now != before and (tries := tries + 1) < 100:  # they wait for more awake, then they sleep
+            time.sleep(0.1)
+            before, now = now, run_ns()
+        native.shard_stats(student, teacher, call_of(student, teacher, target))
+        assert run_ns() != before
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_few_numbers_take_one_thread_and_no_row_is_shared():
