@@ -63,12 +63,13 @@ class Setting:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
+LRS = (5e-4, 1e-3, 2e-3)
 SETTINGS = {
     "share": Setting(),
     "exact": Setting(reward="exact", beta=0.1),
     "novice": Setting(student=(0.0, 0.0)),
     "damaged": Setting(
-        reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=(1e-3,)
+        reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=LRS
     ),
     "gym": Setting(
         world="gym",
@@ -78,7 +79,7 @@ SETTINGS = {
         student=(0.9, 0.6),
         damage=0.8,
         steps=40,
-        lrs=(1e-3,),
+        lrs=LRS,
         world_steps=800,
     ),
 }

@@ -106,7 +106,9 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     options.out = options.out or Path(f"runs/study/training-{options.setting}")
     changed = {f.name: value for f in fields(Setting) if (value := getattr(options, f.name)) is not None}
     if options.quick:
-        changed = {"steps": 40, "world_steps": SETTINGS[options.setting].world_steps // 2} | changed
+        whole = SETTINGS[options.setting]
+        one_rate = (whole.lrs[len(whole.lrs) // 2],)
+        changed = {"steps": 40, "world_steps": whole.world_steps // 2, "lrs": one_rate} | changed
         vars(options).update(seeds=[1], methods=QUICK_METHODS)
     changed = {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
     options.setting = replace(SETTINGS[options.setting], **changed)
