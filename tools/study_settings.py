@@ -9,7 +9,7 @@ A world is a module with
 """
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +63,25 @@ class Setting:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
-LRS = (5e-4, 1e-3, 2e-3)
+GYM = Setting(
+    world="gym",
+    reward="exact",
+    beta=0.1,
+    teacher=(0.95, 0.3),
+    student=(0.9, 0.6),
+    damage=0.8,
+    steps=40,
+    lrs=(5e-4, 1e-3, 2e-3),
+    world_steps=800,
+)
 SETTINGS = {
     "share": Setting(),
     "exact": Setting(reward="exact", beta=0.1),
     "novice": Setting(student=(0.0, 0.0)),
     "damaged": Setting(
-        reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=LRS
+        reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=(1e-3,)
     ),
-    "gym": Setting(
-        world="gym",
-        reward="exact",
-        beta=0.1,
-        teacher=(0.95, 0.3),
-        student=(0.9, 0.6),
-        damage=0.8,
-        steps=40,
-        lrs=LRS,
-        world_steps=800,
-    ),
+    "gym": GYM,
+    "gym-small-batch": replace(GYM, batch=16, steps=160, lrs=(5e-4,)),
 }
 """The settings of the report."""
