@@ -63,6 +63,7 @@ class Setting:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
+DAMAGED = Setting(reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=(1e-3,))
 GYM = Setting(
     world="gym",
     reward="exact",
@@ -74,14 +75,14 @@ GYM = Setting(
     lrs=(5e-4, 1e-3, 2e-3),
     world_steps=800,
 )
+SMALL_BATCH: dict[str, Any] = {"batch": 16, "steps": 160, "lrs": (5e-4,)}
 SETTINGS = {
     "share": Setting(),
     "exact": Setting(reward="exact", beta=0.1),
     "novice": Setting(student=(0.0, 0.0)),
-    "damaged": Setting(
-        reward="exact", beta=0.1, teacher=(0.95, 0.3), student=(0.9, 0.6), damage=1.0, steps=40, lrs=(1e-3,)
-    ),
+    "damaged": DAMAGED,
+    "damaged-small-batch": replace(DAMAGED, **SMALL_BATCH),
     "gym": GYM,
-    "gym-small-batch": replace(GYM, batch=16, steps=160, lrs=(5e-4,)),
+    "gym-small-batch": replace(GYM, **SMALL_BATCH),
 }
 """The settings of the report."""
