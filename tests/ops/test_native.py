@@ -169,7 +169,11 @@ def test_the_threads_are_those_that_torch_has_already(monkeypatch: pytest.Monkey
             time.sleep(0.1)
             before, now = now, run_ns()
         native.shard_stats(student, teacher, call_of(student, teacher, target))
-        assert run_ns() != before
+        tries = 0
+        while (now := run_ns()) == before and (tries := tries + 1) < 100:  # the kernel counts when a thread stops
+            time.sleep(0.1)
+        assert now.keys() == before.keys(), "no thread is new"
+        assert now != before, "one of torch's has worked"
     finally:
         torch.set_num_threads(threads)
 
