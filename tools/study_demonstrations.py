@@ -43,7 +43,9 @@ def is_made(folder: Path) -> bool:
 
 
 def _is_written(checkpoint: Path) -> bool:
-    return (checkpoint / "latest_checkpointed_iteration.txt").exists()
+    from megatron_hybrid.mcore.checkpoint_io import TRACKER
+
+    return (checkpoint / TRACKER).exists()
 
 
 def train_models(

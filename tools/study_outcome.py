@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study_goals import goals, needed
+from study_goals import KL, REWARD, goals, needed
 from study_markdown import between, markdown
 from study_runs import Method, methods
 from study_settings import Setting
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def num_seeds(self) -> int:
-        return len(self.values["val/score"])
+        return len(self.values[REWARD])
 
     def final(self, name: str) -> tuple[float, float]:
         """(mean, deviation over seeds) of the end."""
@@ -84,14 +84,14 @@ def held_out(run: Path) -> dict[str, np.ndarray]:
 
     curves = load_curves(run / "metrics.jsonl").held_out
     # Where a run ends at an evaluation's step, Megatron evaluates once more: the same numbers.
-    steps, once = np.unique(curves["val/score"][0], return_index=True)
+    steps, once = np.unique(curves[REWARD][0], return_index=True)
     return {"steps": steps} | {name: values[once] for name, (_, values) in curves.items()}
 
 
 def tried_rates(out: Path, method: str, setting: Setting) -> dict[float, float]:
     """Learning rates to the mean reward of all evaluations but the first, on the seed that is not reported."""
     runs = {lr: run_folder(out, method, lr, TUNING_SEED) for lr in setting.lrs}
-    return {lr: float(held_out(run)["val/score"][1:].mean()) for lr, run in runs.items() if is_done(run)}
+    return {lr: float(held_out(run)[REWARD][1:].mean()) for lr, run in runs.items() if is_done(run)}
 
 
 def chosen_rate(out: Path, method: str, setting: Setting) -> float:
@@ -110,7 +110,7 @@ def load(out: Path, setting: Setting) -> list[Outcome]:
         if runs:
             values = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
             rollouts = values.pop("steps")[0] * setting.batch
-            values[OBJECTIVE] = values["val/score"] - setting.beta * values["val/kl_per_response"]
+            values[OBJECTIVE] = values[REWARD] - setting.beta * values[KL]
             outcomes.append(Outcome(name, method, rollouts, values, lr, tried_rates(out, name, setting)))
     return outcomes
 
@@ -149,7 +149,7 @@ def lines_of(outcomes: Sequence[Outcome], setting: Setting) -> Iterator[str]:
         + ["KL, nats/response", "reward - beta KL", "entropy, nats/token"],
         [
             [o.name, *(shown(o.final(f"val/score{task}")) for task in ("", *(f"/{t}" for t in world.TASKS)))]
-            + [shown(o.final(name)) for name in ("val/kl_per_response", OBJECTIVE, "val/entropy")]
+            + [shown(o.final(name)) for name in (KL, OBJECTIVE, "val/entropy")]
             for o in outcomes
         ],
     )
@@ -176,11 +176,11 @@ def draw(outcomes: Sequence[Outcome], setting: Setting, path: Path) -> None:
     reward, kl, frontier, tasks = axes
     width = 0.8 / len(outcomes)
     for place, (o, colour) in enumerate(zip(outcomes, COLOURS, strict=False)):
-        for ax, name in ((reward, "val/score"), (kl, "val/kl_per_response")):
+        for ax, name in ((reward, REWARD), (kl, KL)):
             mean, spread = o.values[name].mean(axis=0), o.values[name].std(axis=0)
             ax.plot(o.rollouts, mean, color=colour, label=o.name)
             ax.fill_between(o.rollouts, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-        x, y = (o.values[name].mean(axis=0) for name in ("val/kl_per_response", "val/score"))
+        x, y = (o.values[name].mean(axis=0) for name in (KL, REWARD))
         frontier.plot(x, y, color=colour, linewidth=0.8, marker=".", markersize=4)
         frontier.plot(x[-1:], y[-1:], color=colour, marker="o")
         heights = [o.final(f"val/score/{task}")[0] for task in world.TASKS]
@@ -205,7 +205,7 @@ def write_report(out: Path, readme: Path | None) -> list[str]:
     if not outcomes:
         return [f"study_training: {out} holds no finished run yet"]
     tasks = (f"val/score/{task}" for task in setting.module.TASKS)
-    names = ("val/score", OBJECTIVE, "val/kl_per_response", "val/entropy", *tasks)
+    names = (REWARD, OBJECTIVE, KL, "val/entropy", *tasks)
     records = [
         {"method": o.name, "lr": o.lr, "seeds": o.num_seeds, "rollouts": int(o.rollouts[-1])}
         | {name: o.final(name) for name in names}
