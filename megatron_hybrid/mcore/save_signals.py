@@ -24,7 +24,7 @@ _FROM_LAUNCHERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
 @contextlib.contextmanager
 def helper_of_the_writer() -> Iterator[None]:
     """The helper is there, and neither it nor another process that is started inside ever sees the signals that ask a
-    job to stop; this one sees them afterwards."""
+    job to stop; this one sees them afterwards, or at once where another of its threads takes them."""
     resource_tracker.ensure_running()  # where it starts later it lets SIGTERM and SIGINT through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_LAUNCHERS)  # processes inherit what is blocked
     try:
