@@ -18,6 +18,7 @@ FUTURE_COSTS = ("closed_form", "sampled")
 BASELINES = ("none", "rloo", "grpo", "reinforce_plus_plus", "running_mean")
 GROUP_BASELINES = ("rloo", "grpo")
 COST_BASELINES = ("none", "group")
+IMITATION_FILTERS = ("none", "task")
 AGGREGATIONS = ("seq-mean-token-sum", "token-mean", "seq-mean-token-mean")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skewed_kl", "skewed_reverse_kl")
 ROLLOUT_CORRECTIONS = (
@@ -110,6 +111,14 @@ class HybridConfig(FromArguments):
         "(needs whole groups in a micro-batch), nothing",
         COST_BASELINES,
     )
+    imitation_filter: str = setting(
+        "none",
+        "imitation_weight by task: less where the responses that the teacher prefers have earned less (task), the same "
+        "everywhere",
+        IMITATION_FILTERS,
+    )
+    imitation_filter_floor: float = setting(0.1, "task: share of imitation_weight that is left there, in [0, 1]")
+    imitation_filter_decay: float = setting(0.9, "task: what a step keeps of what earlier ones have seen, in [0, 1)")
     rollout_correction: str = setting(
         "token_truncate",
         "importance weight pi / sampler of the sparse term: per token or per sequence, truncated at the threshold or "
@@ -196,6 +205,7 @@ class HybridConfig(FromArguments):
             )
         self._check_numbers()
         self._check_pretraining()
+        self._check_filter()
         if self.group_size < 2 and self.baseline in GROUP_BASELINES:
             raise ConfigError(
                 f"baseline {self.baseline!r} compares the responses to one prompt, but group_size is {self.group_size}"
@@ -258,6 +268,7 @@ class HybridConfig(FromArguments):
             ("future_cost", FUTURE_COSTS),
             ("baseline", BASELINES),
             ("cost_baseline", COST_BASELINES),
+            ("imitation_filter", IMITATION_FILTERS),
             ("divergence", DIVERGENCES),
             ("rollout_correction", ROLLOUT_CORRECTIONS),
             ("teacher_payload", TEACHER_PAYLOADS),
@@ -284,6 +295,22 @@ class HybridConfig(FromArguments):
             raise ConfigError(
                 f"pretraining_weight is {self.pretraining_weight}, but pretraining_microbatches is 0: there is nothing "
                 "to weigh. Set both, or neither."
+            )
+
+    def _check_filter(self) -> None:
+        """What the filter of the imitation by task compares."""
+        if not 0 <= self.imitation_filter_floor <= 1:
+            raise ConfigError(f"imitation_filter_floor must lie in [0, 1], got {self.imitation_filter_floor}.")
+        if not 0 <= self.imitation_filter_decay < 1:
+            raise ConfigError(
+                f"imitation_filter_decay must lie in [0, 1), got {self.imitation_filter_decay}: at 1 nothing is learnt."
+            )
+        if self.imitation_filter == "task" and not (self.imitates and self.rewards_count and self.group_size >= 2):
+            raise ConfigError(
+                "imitation_filter 'task' compares what the teacher prefers with what earns more, among responses to "
+                f"one prompt, but imitation_weight is {self.imitation_weight}, reward_weight {self.reward_weight} and "
+                f"group_size {self.group_size}. Set both weights above 0 and group_size >= 2, or imitation_filter "
+                "'none'."
             )
 
     def _check_numbers(self) -> None:

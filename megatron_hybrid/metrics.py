@@ -66,6 +66,9 @@ MEANINGS = {
     "perf/total_num_tokens": "tokens of the step, prompts and responses",
     "perf/max_memory_allocated_gb": "peak accelerator memory, largest rank",
     "training/policy_age": "optimizer steps since the responses were sampled",
+    "training/imitation_share": "share of the imitation weight that imitation_filter leaves (/<task>)",
+    "training/teacher_alignment": "correlation of reward and log q - log pi, among the responses to a prompt, in the "
+    "steps before this one (/<task>): below 0, what the teacher prefers earns less",
     "training/failed_rewards": "responses of the step whose reward could not be made (on_failed_reward)",
     "training/failed_rollouts": "responses of the step that the rollout server did not give (on_failed_rollout)",
     "training/dropped_responses": "responses of the step that nothing is learnt from: all of a group where one failed",

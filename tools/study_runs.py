@@ -35,13 +35,14 @@ class Method:
     pure: bool = True
     """Reward and teacher are not mixed in closed form: reinforcement, a KL penalty with it, or imitation alone."""
     ours: bool = False
-    """The closed-form future cost, which is this product's."""
+    """The closed-form future cost or the filter of imitation, which are this product's."""
 
 
 def methods(setting: Setting) -> dict[str, Method]:
     """By name; lambda is 1, and schedules turn over half of the run."""
     both = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {setting.beta}"
     half = setting.steps // 2
+    by_task = "--hybrid-imitation-filter task"
     beta_falls = f"--hybrid-imitation-weight-schedule linear:{FIRST_BETA * setting.beta:g}:{half}"
     first_imitate = (
         f"--hybrid-reward-weight-schedule linear:0:{half} --hybrid-imitation-weight-schedule linear:1:{half}"
@@ -54,6 +55,8 @@ def methods(setting: Setting) -> dict[str, Method]:
         "paper's hybrid": Method(f"{both} --hybrid-future-cost sampled --hybrid-cost-baseline none", pure=False),
         "one-step hybrid": Method(f"{both} --hybrid-discount 0", pure=False),
         FULL: Method(both, pure=False, ours=True),
+        "one-step hybrid, filtered": Method(f"{both} --hybrid-discount 0 {by_task}", pure=False, ours=True),
+        "full hybrid, filtered": Method(f"{both} {by_task}", pure=False, ours=True),
         "full hybrid, beta falls": Method(f"{both} {beta_falls}", pure=False, ours=True),
         "full hybrid, imitation first": Method(f"{both} {first_imitate}", pure=False, ours=True),
     }

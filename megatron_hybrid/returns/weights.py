@@ -4,6 +4,7 @@
     c_t = KL_t (closed_form: its expectation, less noise)   or   log pi(y_t) - log q(y_t) (sampled)
 
     out: beta * W^dense_t  and  W_t * A_t, the importance weights of `corrections.py`; both 1 on-policy
+    beta is that of the response's task where it has a share of its own (`task_filter.py`)
 
 The immediate cost c_t is not in C: the op's dense term, weighted by beta, is its exact gradient. The op sees n response
 tokens and knows neither rows nor positions: they travel in here.
@@ -49,6 +50,8 @@ class CreditAssignment(ReversibleWeigh):
     """lambda."""
     imitation_weight: float
     """beta."""
+    imitation_share: Tensor | None = None
+    """[b] fp32: what beta is multiplied by in each response, alike in a group; None: 1."""
     group_id: Tensor | None = None
     """[b] int64: groups for the baseline of the cost-to-go, each of them whole; None: no such baseline."""
     sampled_logprobs: Tensor | None = None
@@ -76,7 +79,13 @@ class CreditAssignment(ReversibleWeigh):
         return self._advantage(self.tokens.whole(self._costs(stats)))
 
     def _imitation(self, stats: TokenStats) -> Tensor:
-        return torch.full_like(stats.log_prob, self.imitation_weight, requires_grad=False)
+        return self._beta() * torch.ones_like(stats.log_prob, requires_grad=False)
+
+    def _beta(self) -> Tensor | float:
+        """beta, or that of each token [n] fp32."""
+        if self.imitation_share is None:
+            return self.imitation_weight
+        return self.imitation_weight * self.imitation_share[self.tokens.row]
 
     def _costs(self, stats: TokenStats) -> dict[str, Tensor]:
         """What later tokens cost, by name; nothing where nobody looks ahead."""
@@ -98,7 +107,7 @@ class CreditAssignment(ReversibleWeigh):
             future = future - cost_baseline(future, whole.mask, self.group_id)
         # A teacher that forbids what the student said makes infinite costs, in the response or in its group: no finite
         # credit says how bad that was.
-        return reward - self.imitation_weight * self.tokens.own(torch.where(future.isfinite(), future, 0.0))
+        return reward - self._beta() * self.tokens.own(torch.where(future.isfinite(), future, 0.0))
 
     @property
     def _spans_responses(self) -> bool:
@@ -174,6 +183,7 @@ def make_weigh(
     future_cost: str,
     reward_weight: float,
     imitation_weight: float,
+    imitation_share: Tensor | None = None,
     group_id: Tensor | None = None,
     sampled_logprobs: Tensor | None = None,
     correction: Correction | None = None,
@@ -206,6 +216,7 @@ def make_weigh(
         future_cost=future_cost,
         reward_weight=reward_weight,
         imitation_weight=imitation_weight,
+        imitation_share=imitation_share,
         group_id=group_id,
         sampled_logprobs=sampled_logprobs,
         correction=correction or Correction(),

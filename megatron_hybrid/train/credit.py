@@ -1,13 +1,15 @@
 """From a collection's rewards to the credit of each of its tokens, with the run's settings at that step.
 
     Scored (rollouts, rewards) -> advantages, once per collection -> `weigh` of each micro-batch, once per step
+    what the loss said of its tokens -> on which tasks the next steps imitate (`imitation_filter`), once per step
 
-The mean of earlier rewards (baseline `running_mean`) is the one thing here that a run has to remember: `state` is plain
-numbers, kept in Megatron's checkpoint.
+The mean of earlier rewards (baseline `running_mean`) and the filter's moments are what a run has to remember here:
+`state` is plain numbers, kept in Megatron's checkpoint.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,12 +20,18 @@ from torch import Tensor
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.records import HybridMicrobatch, RewardBatch, RolloutBatch, Weigh
+from megatron_hybrid.records import HybridMicrobatch, RewardBatch, RolloutBatch, TokenNumbers, Weigh
 from megatron_hybrid.returns.baselines import reward_advantages
 from megatron_hybrid.returns.corrections import Correction
 from megatron_hybrid.returns.reward_statistics import RunningMean
+from megatron_hybrid.returns.task_filter import TaskFilter
 from megatron_hybrid.returns.weights import make_weigh
 from megatron_hybrid.schedule.microbatch import CreditFor
+
+logger = logging.getLogger(__name__)
+
+_FILTER = "imitation_filter/"
+"""How the names of its numbers begin in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,18 @@ class Scored:
 
 
 class Credit:
-    """Credit assignment of one run on one rank."""
+    """Credit assignment of one run on one rank.
 
-    def __init__(self, config: HybridConfig, parallel: ParallelContext) -> None:
+    tasks  every task the prompts can have, in one order on every rank; read by the filter of the imitation alone
+    """
+
+    def __init__(self, config: HybridConfig, parallel: ParallelContext, tasks: Sequence[str] = ()) -> None:
         self.config = config
         self.parallel = parallel
         self.running_mean = RunningMean(config.baseline_decay)
+        self.filter: TaskFilter | None = None
+        if config.imitation_filter == "task":
+            self.filter = TaskFilter(tuple(tasks), config.imitation_filter_floor, config.imitation_filter_decay)
 
     def collected(self, scored: Scored) -> Scored:
         """A collection with its advantages; unchanged where it has them, or no rewards.
@@ -97,6 +111,7 @@ class Credit:
         """The credit of the tokens of each micro-batch, at the weights and discount of this step."""
         config, rollouts, advantages = self.config.at(step), scored.rollouts, scored.advantages
         assert advantages is not None, "collected() comes first"
+        shares = self._shares(rollouts, advantages.device, metrics)
         correction = Correction.from_config(config)
 
         def credit_for(rows: slice, batch: HybridMicrobatch) -> Weigh:
@@ -109,6 +124,7 @@ class Credit:
                 future_cost=config.future_cost,
                 reward_weight=config.reward_weight,
                 imitation_weight=config.imitation_weight,
+                imitation_share=None if shares is None else shares[rows],
                 group_id=rollouts.group_id[rows] if config.cost_baseline == "group" else None,
                 sampled_logprobs=batch.sampled_logprobs,
                 correction=correction,
@@ -118,21 +134,64 @@ class Credit:
 
         return credit_for
 
+    def _shares(self, rollouts: RolloutBatch, device: torch.device, metrics: Metrics) -> Tensor | None:
+        """[b]: of the imitation weight, by task."""
+        if self.filter is None:
+            return None
+        for task in self.filter.tasks:
+            metrics.mean(f"training/imitation_share/{task}", self.filter.share(task))
+            correlation = self.filter.correlation(task)
+            known = float(correlation is not None)
+            metrics.mean(f"training/teacher_alignment/{task}", correlation or 0.0, weights=known)
+        return self.filter.shares([prompt.task for prompt in rollouts.prompts], device)
+
+    def learnt(self, scored: Scored, batches: Sequence[HybridMicrobatch], numbers: Sequence[TokenNumbers]) -> None:
+        """After a step, on the last stage: what the loss said of its micro-batches, in their order.
+
+        Collective over context-parallel ranks and replicas where the imitation is filtered.
+        """
+        if self.filter is None or scored.rewards is None:
+            return
+        preference = torch.zeros(len(scored.rollouts.prompts), device=scored.rewards.device)
+        first = 0
+        for batch, of_batch in zip(batches, numbers, strict=True):
+            per_token = (of_batch.teacher_log_prob - of_batch.log_prob).float()
+            preference.index_add_(0, first + batch.sequence_of_token, per_token)
+            first += len(batch.prompts)
+        self.filter = self.filter.updated(
+            scored.rewards,
+            preference,
+            scored.rollouts.group_id,
+            [prompt.task for prompt in scored.rollouts.prompts],
+            kept=None if scored.dropped is None else ~scored.dropped,
+            cp_group=self.parallel.cp.group,
+            dp_group=self.parallel.dp.group,
+        )
+
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps, equal on every rank; nothing unless the baseline remembers something.
+        """What a checkpoint keeps, equal on every rank; nothing unless baseline or filter remember something.
 
         Collective over pipeline stages then: the last one knows.
         """
-        if self.config.baseline != "running_mean":
-            return {}
-        state = self.running_mean.state()
+        state = self.running_mean.state() if self.config.baseline == "running_mean" else {}
+        if self.filter is not None:
+            state |= {f"{_FILTER}{name}": value for name, value in self.filter.state().items()}
         pp = self.parallel.pp
-        if pp.size > 1:
+        if state and pp.size > 1:
             values = torch.tensor(list(state.values()), dtype=torch.float64, device=torch.cuda.current_device())
             dist.broadcast(values, group=pp.group, group_src=pp.size - 1)
             state = dict(zip(state, values.tolist(), strict=True))
         return state
 
     def load(self, state: dict[str, float]) -> None:
-        """Goes on from a checkpoint's state."""
-        self.running_mean = RunningMean.from_state(self.config.baseline_decay, state)
+        """Goes on from a checkpoint's state, as far as it has what this run remembers."""
+        if self.config.baseline == "running_mean":
+            if "mean" in state:
+                self.running_mean = RunningMean.from_state(self.config.baseline_decay, state)
+            else:
+                logger.warning("the checkpoint holds no mean of earlier rewards: the baseline starts anew")
+        if self.filter is not None:
+            of_filter = {name.removeprefix(_FILTER): value for name, value in state.items() if name.startswith(_FILTER)}
+            if not of_filter:
+                logger.warning("the checkpoint holds nothing of the filter of imitation: it starts anew")
+            self.filter = self.filter.loaded(of_filter)

@@ -125,7 +125,7 @@ class OnlineLoop:
         self._started = False
         self._teachers: Teachers | None = None
         self.updates = Updates(self.config.mini_batches, self.config.ppo_epochs)
-        self.credit = Credit(self.config, self.parallel)
+        self.credit = Credit(self.config, self.parallel, self.tasks)
         self._clock = StageClock(self._enter)
         self._infinite_kl = InfiniteKl(self.sampler.decode, self.parallel)
 
@@ -182,6 +182,7 @@ class OnlineLoop:
             self._report_step(record)
             assert self.forward_step.token_numbers is not None
             batch = Batch(*self._collected, self.forward_step.token_numbers)
+            self.credit.learnt(*self._collected, self.forward_step.token_numbers)
         self.nonfinite.after_step(self._step, batch)
         self._release()
 
@@ -257,10 +258,8 @@ class OnlineLoop:
         if self.report is not None:
             self.report.parts(chosen_parts(student, self.args))
         teachers = self.build_teachers(student)
-        if self.saved_state:
+        if self._step > 0:
             self.credit.load(self.saved_state)
-        elif self._step > 0 and self.config.baseline == "running_mean":
-            logger.warning("the checkpoint holds no mean of earlier rewards: the baseline starts anew")
         if self._step > 0 and teachers.copy is not None:
             folder = _beside(self.args.load, "hybrid_teacher", self._step)
             if not folder.exists():

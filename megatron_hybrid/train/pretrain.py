@@ -231,7 +231,7 @@ def _build_loop(
         failed_samples=failed_samples,
         build_teachers=lambda student: _build_teachers(prepared, forward_step, parallel, student),
         tasks=prepared.tasks,
-        saved_state=dict(saved.get("hybrid_state") or {}) if config.baseline == "running_mean" else {},
+        saved_state=dict(saved.get("hybrid_state") or {}),
         report=report,
         samples_interval=online.samples_interval,
         gradient_norms_interval=online.gradient_norms_interval,

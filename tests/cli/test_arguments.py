@@ -73,6 +73,9 @@ OTHER: dict[str, Any] = {
     "divergence": "jsd",
     "divergence_mix": 0.25,
     "baseline_decay": 0.5,
+    "imitation_filter": "task",
+    "imitation_filter_floor": 0.0,
+    "imitation_filter_decay": 0.5,
     "rollout_correction": "ppo_clip",
     "rollout_is_threshold": float("inf"),
     "prefix_correction": True,
@@ -236,5 +239,6 @@ def test_under_the_objective_stands_the_objective_alone():
             *("reward_weight_schedule", "imitation_weight_schedule", "discount_schedule"),
             *("future_cost", "divergence", "divergence_mix", "aggregation"),
             *("baseline", "baseline_decay", "cost_baseline"),
+            *("imitation_filter", "imitation_filter_floor", "imitation_filter_decay"),
         )
     }

@@ -55,6 +55,28 @@ def test_weights_multiply_their_terms():
     assert imitation.tolist() == [2.0] * 5
 
 
+def test_a_response_has_its_own_share_of_the_imitation_weight():
+    imitation, advantage = credit(imitation_weight=2.0, imitation_share=torch.tensor([1.0, 0.25]))(STATS)
+    assert imitation.tolist() == [2.0] * 3 + [0.5] * 2
+    assert advantage.tolist() == [10 - 4, 10 - 4, 10, -10 - 0.5 * 4, -10]
+    assert torch.equal(credit(imitation_share=torch.zeros(2)).advantage(STATS), credit(imitation_weight=0.0)(STATS)[1])
+
+
+def test_from_the_end_shares_are_the_same():
+    whole = credit(imitation_share=torch.tensor([1.0, 0.25]))
+    order = torch.tensor([3, 0, 1, 4, 2])  # positions ascend
+    stats = TokenStats(*(value[order] for value in vars(STATS).values()))
+    sorted_ = credit(
+        imitation_share=torch.tensor([1.0, 0.25]), row_of_token=ROWS[order], position_of_token=POSITIONS[order]
+    )
+    ask = sorted_.from_the_end()
+    assert ask is not None
+    late = ask(TokenStats(*(value[3:] for value in vars(stats).values())), slice(3, 5))
+    early = ask(TokenStats(*(value[:3] for value in vars(stats).values())), slice(0, 3))
+    for found, expected in zip(zip(early, late, strict=True), whole(STATS), strict=True):
+        assert torch.equal(torch.cat(found), expected[order])
+
+
 def test_no_discounted_future_leaves_the_reward():
     assert credit(discount=0.0)(STATS)[1].tolist() == [10.0, 10.0, 10.0, -10.0, -10.0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.metrics import Metrics
 from megatron_hybrid.parallel import ParallelContext
-from megatron_hybrid.records import Prompt, RolloutBatch, TokenStats
+from megatron_hybrid.records import Prompt, RolloutBatch, TokenNumbers, TokenStats
 from megatron_hybrid.train.credit import Credit, Scored
 
 KL = torch.tensor([0.5, 0.25, 1.0, 2.0])
@@ -35,9 +36,9 @@ def scored() -> Scored:
     return Scored(batch, torch.tensor([1.0, 0.0]))
 
 
-def weights(config: HybridConfig, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def weights(config: HybridConfig, step: int, credit: Credit | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Imitation weight and advantage of the four tokens, on-policy."""
-    credit = Credit(config, ParallelContext())
+    credit = credit or Credit(config, ParallelContext())
     tokens: Any = SimpleNamespace(
         sequence_of_token=torch.tensor([0, 0, 1, 1]),
         position_of_token=torch.tensor([1, 2, 1, 2]),
@@ -82,6 +83,41 @@ def test_a_baseline_that_remembers_nothing_keeps_nothing(baseline: str):
     credit = Credit(HybridConfig(baseline=baseline), ParallelContext())
     credit.collected(scored())
     assert credit.state() == {}
+
+
+FILTERED = HybridConfig(imitation_filter="task", imitation_filter_floor=0.25)
+
+
+def learnt(teacher_log_prob: list[float]) -> Credit:
+    """A credit that has seen one step: the first response earned 1, the second 0."""
+    credit = Credit(FILTERED, ParallelContext(), ("other", "task"))
+    ones, tokens = torch.ones(4), SimpleNamespace(sequence_of_token=torch.tensor([0, 0, 1, 1]), prompts=(None, None))
+    numbers = TokenNumbers(KL, KL, -ones, torch.tensor(teacher_log_prob), ones, ones)
+    credit.learnt(credit.collected(scored()), [tokens], [numbers])  # type: ignore[list-item]
+    return credit
+
+
+@pytest.mark.parametrize(("prefers", "share"), [("what earns", 1.0), ("what does not", 0.25)])
+def test_a_task_is_imitated_less_after_steps_in_which_the_teacher_preferred_what_earns_less(prefers, share):
+    likely, unlikely = [-0.5, -0.25], [-4.0, -5.0]
+    credit = learnt(likely + unlikely if prefers == "what earns" else unlikely + likely)
+    found = weights(FILTERED, 3, credit)
+    alike = weights(HybridConfig(imitation_weight=share), 3)
+    assert torch.equal(found[0], alike[0]) and torch.equal(found[1], alike[1])
+    metrics = Metrics()
+    credit.credit_for(credit.collected(scored()), step=3, metrics=metrics)
+    values = metrics.reduce()
+    assert values["training/imitation_share/task"] == share
+    assert values["training/teacher_alignment/task"] * (1 if share == 1 else -1) > 0.5
+    assert values["training/imitation_share/other"] == 1 and math.isnan(values["training/teacher_alignment/other"])
+
+
+def test_what_the_filter_has_learnt_is_kept():
+    credit = learnt([-4.0, -5.0, -0.5, -0.25])
+    other = Credit(FILTERED, ParallelContext(), ("task", "third"))
+    other.load(credit.state())
+    assert other.filter is not None and credit.filter is not None
+    assert other.filter.moments == {"task": credit.filter.moments["task"]}
 
 
 def test_a_stage_without_rewards_has_no_advantages():

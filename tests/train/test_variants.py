@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -210,6 +211,43 @@ def test_the_mean_of_earlier_rewards_survives_a_stop(rank_pool, folder):
         parts = records(rank_pool, folder, f"{name}-parts", size, **own, load=f"{folder}/{name}")
         assert parts == whole
         assert whole[0]["critic/score/mean"] > 0, "else there is nothing to remember"
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, {}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"context_parallel_size": 2}),
+        (2, {}),
+    ],
+    ids=["one rank", "tensor", "pipeline", "context", "data"],
+)
+def test_the_filter_of_imitation_acts_alike_on_every_layout_and_survives_a_stop(rank_pool, folder, start, size, layout):
+    prompts = [{"prompt": w, "answer": a, "task": t} for w, a, t in (("w1", "w2", "one"), ("w5", "w6", "other"))]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    name = f"filter{size}{''.join(layout)}"
+    own = start | {"train_iters": 4, "lr_decay_iters": 4, "save_interval": 2, "save": f"{folder}/{name}"}
+    own |= {
+        "hybrid_prompts": f"{folder}/tasks.jsonl",
+        "hybrid_max_response_length": 1,
+        "hybrid_imitation_filter": "task",
+    }
+    own |= {"hybrid_imitation_filter_floor": 0, "hybrid_imitation_filter_decay": 0, **layout}
+    whole = records(rank_pool, folder, f"{name}-whole", size, **own | {"save": f"{folder}/{name}-other"})
+    shares = [record[f"training/imitation_share/{task}"] for record in whole for task in ("one", "other")]
+    assert set(shares) == {0, 1}, "else nothing was filtered, or all"
+    assert shares[:2] == [1, 1], "nothing is known before the first step"
+    if name != "filter1":
+        alone = steps(folder, "filter1-whole")
+        assert same(whole, alone, "actor/grad_norm")
+        assert shares == [r[f"training/imitation_share/{t}"] for r in alone for t in ("one", "other")]
+    if size > 1 and "pipeline_model_parallel_size" not in layout:
+        return
+    records(rank_pool, folder, f"{name}-parts", size, **own, exit_interval=2)
+    goes_on = own | {"load": f"{folder}/{name}", "finetune": False}
+    assert records(rank_pool, folder, f"{name}-parts", size, **goes_on) == whole
 
 
 def test_a_hint_moves_the_teacher_and_not_the_rollouts(rank_pool, folder, plain):
