@@ -11,8 +11,9 @@ setup:
 run: setup
 	bash examples/6_smollm2_recovery.sh
 
+# Two at a time, each with ranks of its own (6 GB at most): most tests wait for processes to start, on one core.
 test: setup
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-all: setup
 	$(PYTHON) -m pytest -m ""

