@@ -11,7 +11,7 @@ setup:
 run: setup
 	bash examples/6_smollm2_recovery.sh
 
-# Two at a time, each with ranks of its own (6 GB at most): most tests wait for processes to start, on one core.
+# Two at a time: most tests wait for processes to start, on one core. Each worker's ranks take 6 GB at most.
 test: setup
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 

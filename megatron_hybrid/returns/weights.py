@@ -209,6 +209,11 @@ def make_weigh(
                 f"{name} must have one entry per response token, {list(row_of_token.shape)} as row_of_token; got "
                 f"{list(tensor.shape)}."
             )
+    if imitation_share is not None and imitation_share.shape != reward_advantage.shape:
+        raise ShapeError(
+            f"imitation_share must have one entry per response, {list(reward_advantage.shape)} as reward_advantage; "
+            f"got {list(imitation_share.shape)}."
+        )
     return CreditAssignment(
         reward_advantage=reward_advantage,
         tokens=TokenTable(row_of_token, position_of_token, len(reward_advantage), num_positions, cp_group),

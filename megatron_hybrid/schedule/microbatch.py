@@ -37,6 +37,15 @@ def credited(batches: Sequence[HybridMicrobatch], credit_for: CreditFor) -> list
     return done
 
 
+def rows_of_tokens(batches: Sequence[HybridMicrobatch]) -> Tensor:
+    """[n] int64: the row of the rollouts that each token of `microbatches`, in its order, belongs to."""
+    rows, first = [], 0
+    for batch in batches:
+        rows.append(first + batch.sequence_of_token)
+        first += len(batch.prompts)
+    return torch.cat(rows)
+
+
 def without_rows(
     batches: Sequence[HybridMicrobatch], response_mask: Tensor, dropped: Tensor, aggregation: str
 ) -> list[HybridMicrobatch]:

@@ -26,7 +26,7 @@ from megatron_hybrid.returns.corrections import Correction
 from megatron_hybrid.returns.reward_statistics import RunningMean
 from megatron_hybrid.returns.task_filter import TaskFilter
 from megatron_hybrid.returns.weights import make_weigh
-from megatron_hybrid.schedule.microbatch import CreditFor
+from megatron_hybrid.schedule.microbatch import CreditFor, rows_of_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -145,19 +145,16 @@ class Credit:
             metrics.mean(f"training/teacher_alignment/{task}", correlation or 0.0, weights=known)
         return self.filter.shares([prompt.task for prompt in rollouts.prompts], device)
 
-    def learnt(self, scored: Scored, batches: Sequence[HybridMicrobatch], numbers: Sequence[TokenNumbers]) -> None:
-        """After a step, on the last stage: what the loss said of its micro-batches, in their order.
+    def after_step(self, scored: Scored, batches: Sequence[HybridMicrobatch], numbers: Sequence[TokenNumbers]) -> None:
+        """After the first step that learns from some rollouts, on the last stage: what the loss said of their tokens.
 
         Collective over context-parallel ranks and replicas where the imitation is filtered.
         """
-        if self.filter is None or scored.rewards is None:
+        if self.filter is None:
             return
-        preference = torch.zeros(len(scored.rollouts.prompts), device=scored.rewards.device)
-        first = 0
-        for batch, of_batch in zip(batches, numbers, strict=True):
-            per_token = (of_batch.teacher_log_prob - of_batch.log_prob).float()
-            preference.index_add_(0, first + batch.sequence_of_token, per_token)
-            first += len(batch.prompts)
+        assert scored.rewards is not None, "the last stage has them"
+        per_token = torch.cat([of_batch.teacher_log_prob - of_batch.log_prob for of_batch in numbers]).cpu().float()
+        preference = torch.zeros(len(scored.rewards)).index_add_(0, rows_of_tokens(batches).cpu(), per_token)
         self.filter = self.filter.updated(
             scored.rewards,
             preference,

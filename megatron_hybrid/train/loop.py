@@ -182,7 +182,8 @@ class OnlineLoop:
             self._report_step(record)
             assert self.forward_step.token_numbers is not None
             batch = Batch(*self._collected, self.forward_step.token_numbers)
-            self.credit.learnt(*self._collected, self.forward_step.token_numbers)
+            if self.updates.in_first_epoch(self._step - 1):
+                self.credit.after_step(*self._collected, self.forward_step.token_numbers)
         self.nonfinite.after_step(self._step, batch)
         self._release()
 

@@ -31,6 +31,7 @@ from megatron_hybrid.errors import DivergedError
 from megatron_hybrid.mcore.finite_steps import finite_steps_only, nonfinite_parameters
 from megatron_hybrid.parallel import ParallelContext
 from megatron_hybrid.records import HybridMicrobatch, TokenNumbers
+from megatron_hybrid.schedule.microbatch import rows_of_tokens
 from megatron_hybrid.train import journal
 from megatron_hybrid.train.credit import Scored
 from megatron_hybrid.train.outlets import Outlet
@@ -64,12 +65,8 @@ class Batch:
             "advantages": scored.advantages,
             **{f"rewards/{name}": scores for name, scores in scored.breakdown.items()},
         }
-        rows, first = [], 0
-        for batch in self.batches:
-            rows.append(batch.sequence_of_token + first)
-            first += len(batch.prompts)
         by_token = {
-            "row_of_token": torch.cat(rows),
+            "row_of_token": rows_of_tokens(self.batches),
             "position_of_token": torch.cat([batch.position_of_token for batch in self.batches]),
             **{
                 f"token/{name}": torch.cat([getattr(numbers, name) for numbers in self.numbers])

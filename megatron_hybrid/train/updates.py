@@ -26,6 +26,10 @@ class Updates:
         """Whether the step after `step` done ones starts a new collection."""
         return step % self.steps == 0
 
+    def in_first_epoch(self, step: int) -> bool:
+        """Whether the step after `step` done ones is the first to learn from its rollouts."""
+        return step % self.steps < self.mini_batches
+
     def prompts_before(self, step: int, prompts_per_step: int) -> int:
         """Prompts that earlier collections have used up."""
         return step // self.steps * self.mini_batches * prompts_per_step

@@ -78,6 +78,12 @@ def test_a_group_that_cannot_be_compared_does_not_count(bad):
     assert task_filter().updated(REWARDS, PREFERENCE, GROUPS, TASKS, kept=kept).moments == found.moments
 
 
+def test_a_task_that_nobody_knows_does_not_count():
+    """A collection that was made from other prompts."""
+    found = task_filter().updated(REWARDS, PREFERENCE, GROUPS, ["old", "old", *TASKS[2:]])
+    assert set(found.moments) == {"words"} and found.share("old") == 1.0
+
+
 def test_where_all_earn_the_same_the_teacher_is_followed():
     found = task_filter().updated(torch.zeros(6), PREFERENCE, GROUPS, TASKS)
     assert found.shares(TASKS).tolist() == [1.0] * 6

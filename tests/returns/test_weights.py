@@ -96,6 +96,8 @@ def test_a_mistake_is_named():
         credit(future_cost="guess")
     with pytest.raises(ShapeError, match="position_of_token"):
         credit(position_of_token=POSITIONS[:3])
+    with pytest.raises(ShapeError, match="imitation_share"):
+        credit(imitation_share=torch.ones(5))
     with pytest.raises(ShapeError, match="5"):
         credit()(TokenStats(*(value[:3] for value in vars(STATS).values())))
 

@@ -156,9 +156,8 @@ def test_the_gyms_tokenizer_gives_back_what_it_reads_and_has_a_token_for_what_al
             assert tokenizer.decode(tokenizer(question.answer)["input_ids"]) == question.answer
 
 
-@pytest.mark.slow
 @pytest.mark.procs
-@pytest.mark.parametrize("setting", ["share", "gym"])
+@pytest.mark.parametrize("setting", ["share", pytest.param("gym", marks=pytest.mark.slow)])
 def test_the_hybrid_learns_what_the_teacher_does_not_know_and_stays_nearer_to_it_than_reward_alone(
     setting: str, tmp_path: Path
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,11 +90,12 @@ FILTERED = HybridConfig(imitation_filter="task", imitation_filter_floor=0.25)
 
 
 def learnt(teacher_log_prob: list[float]) -> Credit:
-    """A credit that has seen one step: the first response earned 1, the second 0."""
+    """A credit that has seen one step, a micro-batch for each response: the first earned 1, the second 0."""
     credit = Credit(FILTERED, ParallelContext(), ("other", "task"))
-    ones, tokens = torch.ones(4), SimpleNamespace(sequence_of_token=torch.tensor([0, 0, 1, 1]), prompts=(None, None))
-    numbers = TokenNumbers(KL, KL, -ones, torch.tensor(teacher_log_prob), ones, ones)
-    credit.learnt(credit.collected(scored()), [tokens], [numbers])  # type: ignore[list-item]
+    tokens: Any = SimpleNamespace(sequence_of_token=torch.tensor([0, 0]), prompts=(None,))
+    ones, teacher = torch.ones(2), torch.tensor(teacher_log_prob)
+    numbers = [TokenNumbers(KL[:2], KL[:2], -ones, of_row, ones, ones) for of_row in teacher.split(2)]
+    credit.after_step(credit.collected(scored()), [tokens, tokens], numbers)
     return credit
 
 
@@ -110,6 +112,15 @@ def test_a_task_is_imitated_less_after_steps_in_which_the_teacher_preferred_what
     assert values["training/imitation_share/task"] == share
     assert values["training/teacher_alignment/task"] * (1 if share == 1 else -1) > 0.5
     assert values["training/imitation_share/other"] == 1 and math.isnan(values["training/teacher_alignment/other"])
+
+
+def test_a_dropped_group_teaches_the_filter_nothing():
+    credit = Credit(FILTERED, ParallelContext(), ("task",))
+    tokens: Any = SimpleNamespace(sequence_of_token=torch.zeros(0, dtype=torch.long), prompts=(None,))
+    nothing = TokenNumbers(*[torch.zeros(0)] * 6)
+    dropped = replace(scored(), dropped=torch.tensor([True, True]))
+    credit.after_step(credit.collected(dropped), [tokens, tokens], [nothing, nothing])
+    assert credit.filter is not None and credit.filter.moments == {}
 
 
 def test_what_the_filter_has_learnt_is_kept():

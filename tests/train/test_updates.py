@@ -39,6 +39,11 @@ def test_epochs_and_collections_are_dealt_out_differently_and_repeatably():
     assert deals[3] != tuple(updates.rows(3, num_rows=64, group_size=2, seed=2))
 
 
+def test_the_steps_of_a_first_epoch_are_those_that_see_their_rollouts_first():
+    assert [Updates(2, 3).in_first_epoch(step) for step in range(8)] == [True, True, *[False] * 4, True, True]
+    assert all(Updates(1, 1).in_first_epoch(step) for step in range(4))
+
+
 def test_prompts_go_on_where_the_last_collection_ended():
     updates = Updates(3, 2)
     assert [updates.prompts_before(step, 5) for step in (0, 5, 6, 11, 12)] == [0, 0, 15, 15, 30]

@@ -213,41 +213,56 @@ def test_the_mean_of_earlier_rewards_survives_a_stop(rank_pool, folder):
         assert whole[0]["critic/score/mean"] > 0, "else there is nothing to remember"
 
 
-@pytest.mark.parametrize(
-    ("size", "layout"),
-    [
-        (1, {}),
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-        (2, {"pipeline_model_parallel_size": 2}),
-        (2, {"context_parallel_size": 2}),
-        (2, {}),
-    ],
-    ids=["one rank", "tensor", "pipeline", "context", "data"],
-)
-def test_the_filter_of_imitation_acts_alike_on_every_layout_and_survives_a_stop(rank_pool, folder, start, size, layout):
+def filter_flags(folder: Any, start: dict[str, Any], name: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """A run of two tasks that filters its imitation."""
     prompts = [{"prompt": w, "answer": a, "task": t} for w, a, t in (("w1", "w2", "one"), ("w5", "w6", "other"))]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    name = f"filter{size}{''.join(layout)}"
-    own = start | {"train_iters": 4, "lr_decay_iters": 4, "save_interval": 2, "save": f"{folder}/{name}"}
-    own |= {
-        "hybrid_prompts": f"{folder}/tasks.jsonl",
-        "hybrid_max_response_length": 1,
-        "hybrid_imitation_filter": "task",
-    }
-    own |= {"hybrid_imitation_filter_floor": 0, "hybrid_imitation_filter_decay": 0, **layout}
-    whole = records(rank_pool, folder, f"{name}-whole", size, **own | {"save": f"{folder}/{name}-other"})
-    shares = [record[f"training/imitation_share/{task}"] for record in whole for task in ("one", "other")]
+    flags = start | {"train_iters": 4, "lr_decay_iters": 4, "save_interval": 2, "save": f"{folder}/{name}"}
+    flags |= {"hybrid_prompts": f"{folder}/tasks.jsonl", "hybrid_max_response_length": 1}
+    flags |= {"hybrid_imitation_filter": "task", "hybrid_imitation_filter_floor": 0}
+    flags["seed"] = 8  # of eight the one whose first step has an answer that the teacher likes less than its peers
+    return flags | layout
+
+
+def imitation_shares(found: list[dict[str, Any]]) -> list[float]:
+    return [record[f"training/imitation_share/{task}"] for record in found for task in ("one", "other")]
+
+
+@pytest.fixture(scope="module")
+def filtered(rank_pool, folder, start) -> list[dict[str, Any]]:
+    """A run with the filter of imitation on one rank."""
+    return records(rank_pool, folder, "filtered", **filter_flags(folder, start, "filtered", {}))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+        {},
+    ],
+    ids=["TP 2", "PP 2", "CP 2", "DP 2"],
+)
+def test_the_filter_of_imitation_acts_alike_on_every_layout(rank_pool, folder, start, filtered, layout):
+    name = f"filtered{''.join(layout)}-2"
+    found = records(rank_pool, folder, name, 2, **filter_flags(folder, start, name, layout))
+    assert same(found, filtered, "actor/grad_norm")
+    shares = imitation_shares(found)
+    assert shares == imitation_shares(filtered)
     assert set(shares) == {0, 1}, "else nothing was filtered, or all"
     assert shares[:2] == [1, 1], "nothing is known before the first step"
-    if name != "filter1":
-        alone = steps(folder, "filter1-whole")
-        assert same(whole, alone, "actor/grad_norm")
-        assert shares == [r[f"training/imitation_share/{t}"] for r in alone for t in ("one", "other")]
-    if size > 1 and "pipeline_model_parallel_size" not in layout:
-        return
-    records(rank_pool, folder, f"{name}-parts", size, **own, exit_interval=2)
-    goes_on = own | {"load": f"{folder}/{name}", "finetune": False}
-    assert records(rank_pool, folder, f"{name}-parts", size, **goes_on) == whole
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["one rank", "PP 2"])
+def test_what_the_filter_of_imitation_has_seen_survives_a_stop(rank_pool, folder, start, layout):
+    size = 1 + len(layout)
+    whole = records(rank_pool, folder, f"whole{size}", size, **filter_flags(folder, start, f"whole{size}", layout))
+    parts = filter_flags(folder, start, f"parts{size}", layout)
+    records(rank_pool, folder, f"parts{size}", size, **parts, exit_interval=2)
+    goes_on = {"load": parts["save"], "finetune": False}
+    assert records(rank_pool, folder, f"parts{size}", size, **parts | goes_on) == whole
+    assert imitation_shares(whole)[4:6] != [1, 1], f"else there is nothing to remember: {imitation_shares(whole)}"
 
 
 def test_a_hint_moves_the_teacher_and_not_the_rollouts(rank_pool, folder, plain):
