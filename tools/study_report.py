@@ -78,13 +78,13 @@ class Measured:
             self._references[lam, layer] = flat, reference_signal(flat)
         return moments(ours.reshape(len(ours), -1), *self._references[lam, layer])
 
-    def ratio(self, label: str) -> Value:
+    def ratio(self, label: str, layer: int | None = None) -> Value:
         """Of the variance to that of the KL in the reward, at lambda 1 and discount 1."""
-        mine, unit = (self.moments(of, 1.0, 1.0).variance for of in (label, UNIT))
+        mine, unit = (self.moments(of, 1.0, 1.0, layer).variance for of in (label, UNIT))
         return interval(mine / unit)
 
     def without_loudest(self) -> "Measured":
-        """Without the batches in which the KL in the reward has its largest gradients."""
+        """Without the batches in which the KL in the reward has its largest gradients, one at least: to its favour."""
         unit = combined(self.parts, self.names, ESTIMATORS[UNIT].of(1.0, 1.0))
         order = np.square(unit, dtype=np.float64).sum(axis=(1, 2)).argsort()
         kept = np.sort(order[: len(order) - math.ceil(LOUDEST * len(order))])
@@ -145,11 +145,7 @@ def results(measured: Measured) -> Iterator[dict[str, Any]]:
 
 def by_layer(measured: Measured, label: str) -> list[Value]:
     """Ratios of the variance of each layer, at lambda 1 and discount 1."""
-    ratios = []
-    for layer in range(len(measured.about["layers"])):
-        mine, unit = (measured.moments(of, 1.0, 1.0, layer) for of in (label, UNIT))
-        ratios.append(interval(mine.variance / unit.variance))
-    return ratios
+    return [measured.ratio(label, layer) for layer in range(len(measured.about["layers"]))]
 
 
 def shown(value: dict[str, float], form: str = "{:.2f}", with_interval: bool = True) -> str:
@@ -235,7 +231,7 @@ def summary(settings: list[Measured], records: list[dict[str, Any]]) -> Iterator
         *SUMMARY,
         "ours",
         "ours, x KL in the reward, RLOO",
-        f"ours, without the {LOUDEST:.0%} of batches with the largest gradients",
+        f"ours, without the {LOUDEST:.0%} of batches in which the KL in the reward is loudest",
         "ours, by layer",
     ]
     yield from markdown(header, rows)

@@ -3,12 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))
+
+from study_estimators import OURS  # noqa: E402
+from study_report import load  # noqa: E402
+
 COMMAND = [sys.executable, str(ROOT / "tools" / "study_variance.py"), "--quick", "--threads", "1"]
 
 pytestmark = pytest.mark.procs
@@ -49,6 +56,17 @@ def test_ours_is_unbiased_with_less_noise_than_the_kl_in_the_reward(folder: Path
     assert at_one["GRPO, k3 in the loss"]["bias"]["low"] > 0.1, "a bias that is there is seen"
     assert "| paper's hybrid: sampled future |" in (folder / "README.md").read_text()
     assert (folder / "variance.png").stat().st_size > 10_000
+
+
+def test_one_loud_batch_is_left_out_of_the_column_that_does_without(folder: Path):
+    measured = load(folder / "out" / "small, 3 tokens")
+    assert measured is not None
+    parts = measured.parts.copy()
+    parts[5] *= 100
+    quiet = replace(measured, parts=parts).without_loudest()
+    assert len(quiet.parts) == len(parts) - 2, "5 % of 32, one at least"
+    assert np.square(quiet.parts).max() < np.square(parts[5]).max()
+    assert quiet.ratio(OURS).value < 0.35 < replace(measured, parts=parts).ratio(OURS).high
 
 
 @pytest.mark.slow
