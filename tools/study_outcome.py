@@ -3,6 +3,7 @@
 What they say of the goals: `study_goals.py`.
 """
 
+import itertools
 import json
 import platform
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,10 @@ from study_markdown import between, markdown
 from study_runs import Method, methods
 from study_settings import Setting
 
-COLOURS = ("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2", "#7A3E9D", "#000000")
+COLOURS = (
+    *("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2"),
+    *("#B79BD2", "#7A3E9D", "#000000", "#A8C686", "#5E7A32"),
+)
 OBJECTIVE = "objective"
 TUNING_SEED = 1000
 """Of the runs that choose a learning rate and are not reported."""
@@ -175,7 +179,7 @@ def draw(outcomes: Sequence[Outcome], setting: Setting, path: Path) -> None:
     axes: list[Axes] = list(figure.subplots(2, 2).flat)
     reward, kl, frontier, tasks = axes
     width = 0.8 / len(outcomes)
-    for place, (o, colour) in enumerate(zip(outcomes, COLOURS, strict=False)):
+    for place, (o, colour) in enumerate(zip(outcomes, itertools.cycle(COLOURS), strict=False)):
         for ax, name in ((reward, REWARD), (kl, KL)):
             mean, spread = o.values[name].mean(axis=0), o.values[name].std(axis=0)
             ax.plot(o.rollouts, mean, color=colour, label=o.name)
@@ -192,7 +196,7 @@ def draw(outcomes: Sequence[Outcome], setting: Setting, path: Path) -> None:
     tasks.set(ylabel="held-out reward", title="by task")
     labels = [f"{task}\n(teacher wrong)" if task in world.WRONG else task for task in world.TASKS]
     tasks.set_xticks(range(len(labels)), labels)
-    reward.legend(fontsize=7)
+    figure.legend(*reward.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
