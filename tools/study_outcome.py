@@ -20,7 +20,7 @@ from study_settings import Setting
 
 COLOURS = (
     *("#8C8C8C", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2"),
-    *("#B79BD2", "#7A3E9D", "#000000", "#A8C686", "#5E7A32"),
+    *("#B79BD2", "#7A3E9D", "#F0C419", "#000000", "#A8C686", "#5E7A32"),
 )
 OBJECTIVE = "objective"
 TUNING_SEED = 1000

@@ -21,8 +21,9 @@ from study_settings import Setting
 GRPO, FULL = "GRPO, k3 in the loss", "full hybrid"
 FIRST_BETA = 10
 """Where beta falls, it falls from this many times itself."""
-TRUSTED, FLOOR = 3, 0.1
-"""Where the filter lets it, beta goes up this many times; where it does not, as much is left as by default."""
+UP, FAR_UP, FLOOR = 3, 5, 0.1
+"""Where the filter lets it, beta goes up this many times. Elsewhere a tenth of beta is left beside the first, as by
+default, and beta itself beside the second."""
 EVALUATIONS, EVALUATED = 10, 128
 """Of a run; held-out responses of each."""
 
@@ -45,12 +46,15 @@ def methods(setting: Setting) -> dict[str, Method]:
     both = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {setting.beta}"
     half = setting.steps // 2
     by_task = "--hybrid-imitation-filter task"
-    more = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {TRUSTED * setting.beta:g}"
-    more += f" --hybrid-imitation-filter-floor {FLOOR / TRUSTED:g}"
     beta_falls = f"--hybrid-imitation-weight-schedule linear:{FIRST_BETA * setting.beta:g}:{half}"
     first_imitate = (
         f"--hybrid-reward-weight-schedule linear:0:{half} --hybrid-imitation-weight-schedule linear:1:{half}"
     )
+
+    def one_step(times: float, floor: float) -> Method:
+        more = f"--hybrid-reward-weight 1 --hybrid-imitation-weight {times * setting.beta:g} --hybrid-discount 0"
+        return Method(f"{more} {by_task} --hybrid-imitation-filter-floor {floor:g}", pure=False, ours=True)
+
     return {
         "reward alone, RLOO": Method("--hybrid-reward-weight 1 --hybrid-imitation-weight 0 --hybrid-baseline rloo"),
         GRPO: Method(f"{both} --hybrid-baseline grpo", others="k3_loss"),
@@ -59,8 +63,9 @@ def methods(setting: Setting) -> dict[str, Method]:
         "paper's hybrid": Method(f"{both} --hybrid-future-cost sampled --hybrid-cost-baseline none", pure=False),
         "one-step hybrid": Method(f"{both} --hybrid-discount 0", pure=False),
         FULL: Method(both, pure=False, ours=True),
-        "one-step hybrid, filtered": Method(f"{both} --hybrid-discount 0 {by_task}", pure=False, ours=True),
-        "one-step hybrid, filtered, beta up": Method(f"{more} --hybrid-discount 0 {by_task}", pure=False, ours=True),
+        "one-step hybrid, filtered": one_step(1, FLOOR),
+        "one-step hybrid, filtered, beta up": one_step(UP, FLOOR / UP),
+        "one-step hybrid, beta up by filter": one_step(FAR_UP, 1 / FAR_UP),
         "full hybrid, filtered": Method(f"{both} {by_task}", pure=False, ours=True),
         "full hybrid, beta falls": Method(f"{both} {beta_falls}", pure=False, ours=True),
         "full hybrid, imitation first": Method(f"{both} {first_imitate}", pure=False, ours=True),

@@ -1,6 +1,6 @@
 """What methods make of the same rollouts: reward by task, KL to the teacher, entropy, and rollouts to reach a reward.
 
-python tools/study_training.py                        # 12 methods x 3 seeds x 3840 rollouts; some 15 minutes on a core
+python tools/study_training.py                        # 13 methods x 3 seeds x 3840 rollouts; some 15 minutes on a core
 python tools/study_training.py --setting exact        # another table of the report, see study_settings.py
 python tools/study_training.py --beta 0.2 --out runs/study/tried/high-beta      # the same, with something changed
 python tools/study_training.py --quick                # 3 methods, one seed: the direction alone
