@@ -91,14 +91,15 @@ def _within_groups(values: Tensor, group_id: Tensor, baseline: str) -> Tensor:
             f"baseline {baseline!r} compares the responses to one prompt, but a group has a single response: it has "
             "nobody to be compared with. Sample at least 2 per prompt, or use baseline 'none'."
         )
-
-    def group_mean(of: Tensor, count: Tensor) -> Tensor:
-        return (of.new_zeros(len(size)).index_add_(0, group, of) / count)[group]
-
-    centred = values - group_mean(values, size)
+    centred = values - group_mean(values, group, size)
     if baseline == "rloo":
         return centred * (size / (size - 1.0))[group]  # r_i - (sum - r_i)/(n - 1) = (r_i - mean) n/(n - 1)
-    return centred / (group_mean(centred.square(), size - 1).sqrt() + _EPSILON)
+    return centred / (group_mean(centred.square(), group, size - 1).sqrt() + _EPSILON)
+
+
+def group_mean(values: Tensor, group: Tensor, size: Tensor) -> Tensor:
+    """[b]: for each of the values [b] the sum over its group, divided by `size` [groups]; group [b] counts into it."""
+    return (values.new_zeros(len(size)).index_add_(0, group, values) / size)[group]
 
 
 def _within_batch(values: Tensor, dp_group: Group, kept: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_hybrid.collectives import sum_over_ranks
 from megatron_hybrid.parallel import Group
+from megatron_hybrid.returns.baselines import group_mean
 
 _MOMENTS = ("covariance", "reward_variance", "preference_variance")
 _UNSEEN = (0.0, 0.0, 0.0)
@@ -85,21 +86,17 @@ class TaskFilter:
         and dp_group must all call.
         """
         device = rewards.device
-        preference = sum_over_ranks(preference.detach().to(device), cp_group).cpu()
-        values = torch.stack([rewards.detach().cpu().double(), preference.double()])
+        preference = sum_over_ranks(preference.detach().to(device), cp_group).cpu().double()
+        rewards, group_id = rewards.detach().cpu().double(), group_id.cpu()
         place = {task: number for number, task in enumerate(self.tasks)}
         task_of = torch.tensor([place.get(task, -1) for task in tasks])
-        known = values.isfinite().all(dim=0) & (task_of >= 0)
+        known = rewards.isfinite() & preference.isfinite() & (task_of >= 0)
         if kept is not None:
             known &= kept.cpu()
-        _, group = group_id.cpu().unique(return_inverse=True)
-        counts = torch.ones(int(group.max()) + 1, dtype=torch.bool)
-        counts[group[~known]] = False
-        counts = counts[group]
-        values = torch.where(counts, values, 0.0)
-        size = group.bincount().double()
-        rest = values - (torch.zeros(2, len(size), dtype=torch.float64).index_add_(1, group, values) / size)[:, group]
-        products = torch.stack([rest[0] * rest[1], rest[0] ** 2, rest[1] ** 2, counts.double()], dim=1)[counts]
+        counts = ~torch.isin(group_id, group_id[~known])
+        _, group, size = group_id[counts].unique(return_inverse=True, return_counts=True)
+        r, d = (of - group_mean(of, group, size) for of in (rewards[counts], preference[counts]))
+        products = torch.stack([r * d, r * r, d * d, torch.ones_like(r)], dim=1)
         sums = torch.zeros(len(self.tasks), 4, dtype=torch.float64).index_add_(0, task_of[counts], products)
         moments, decay = dict(self.moments), self.decay
         for task, (*of_task, count) in zip(self.tasks, sum_over_ranks(sums.to(device), dp_group).tolist(), strict=True):
